@@ -1,0 +1,223 @@
+"""What every layer is made of: Parameter, Stash (what backward needs), Layer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cupytron import ops
+from cupytron.errors import CupytronError
+from cupytron.ops import philox
+
+Box = tuple[slice, ...]
+# init(shape of the whole tensor, which part, seed, parameter name) -> float64 values of the part
+Init = Callable[[tuple[int, ...], Box, int, str], np.ndarray]
+
+
+def normal(std: float) -> Init:
+    """Normal values with mean 0; an element's value depends on seed, name and global index only."""
+
+    def init(shape: tuple[int, ...], box: Box, seed: int, name: str) -> np.ndarray:
+        return philox.normal(shape, box, philox.key_of(seed, "init", name)) * std
+
+    return init
+
+
+def constant(value: float) -> Init:
+    """The same value everywhere."""
+    return lambda shape, box, seed, name: np.full([s.stop - s.start for s in box], value)
+
+
+class Parameter:
+    """A tensor that training changes.
+
+    Attributes:
+        name: in the whole model, such as "blocks.0.mlp.up.weight"; set by Layer.name_parts.
+        shape: of the logical tensor, the one a single process has.
+        box: which part of the logical tensor this process holds, a slice for each dim.
+        decay: whether weight decay applies: to matrices by default.
+        data, grad: arrays, None until materialize.
+    """
+
+    def __init__(self, shape: tuple[int, ...], init: Init, decay: bool | None = None) -> None:
+        self.name = ""
+        self.shape = tuple(shape)
+        self.box: Box = tuple(slice(0, n) for n in self.shape)
+        self.init = init
+        self.decay = len(self.shape) >= 2 if decay is None else decay
+        self.data: Any = None
+        self.grad: Any = None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the part that this process holds."""
+        return tuple(s.stop - s.start for s in self.box)
+
+    @property
+    def size(self) -> int:
+        """Elements of the part that this process holds."""
+        return int(np.prod(self.local_shape))
+
+    def materialize(self, seed: int, dtype: Any) -> None:
+        """Allocate the local part with its initial values, and a gradient of zeros."""
+        self.data = self.init(self.shape, self.box, seed, self.name).astype(dtype)
+        self.grad = np.zeros_like(self.data)
+
+
+@dataclass
+class MicroBatch:
+    """What the layers may know about the tokens that they work on.
+
+    Attributes:
+        batch_size: B, sequences; sequence_length: S, tokens of each.
+        positions: (S,), place of each token in its sequence.
+        step: of training, counted from 0; with first_token it addresses the dropout masks.
+        first_token: index of token 0 in the whole step's batch.
+        training: whether dropout drops.
+        seed: of the run.
+        kv_cache: keys and values of earlier tokens, when generating.
+    """
+
+    batch_size: int
+    sequence_length: int
+    positions: Any = None
+    step: int = 0
+    first_token: int = 0
+    training: bool = False
+    seed: int = 0
+    kv_cache: Any = None
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.positions is None:
+            self.positions = np.arange(self.sequence_length)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), remembered under `key`: for tables that all layers share, such as rotary angles."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+
+class Stash:
+    """The values that backward needs, last in, first out; one for each micro-batch in flight."""
+
+    def __init__(self, batch: MicroBatch, defer_weight_grads: bool = False) -> None:
+        self.batch = batch
+        self._entries: list[tuple[Layer, tuple[Any, ...]]] = []
+        self._defer = defer_weight_grads
+        self._deferred: list[tuple[Parameter, Any, Any]] = []
+
+    def push(self, owner: "Layer", *arrays: Any) -> None:
+        """Keep `arrays` until `owner` pops them."""
+        self._entries.append((owner, arrays))
+
+    def pop(self, owner: "Layer") -> tuple[Any, ...]:
+        """Hand back what `owner` pushed last; it is freed as soon as the layer lets go of it."""
+        if not self._entries:
+            raise RuntimeError(f"backward of {owner.describe()} found an empty stash")
+        saved_by, arrays = self._entries.pop()
+        if saved_by is not owner:
+            raise RuntimeError(
+                f"backward of {owner.describe()} found values saved by {saved_by.describe()}"
+            )
+        return arrays
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays kept; an array kept by two layers counts once."""
+        kept = {id(a): a.nbytes for _, arrays in self._entries for a in arrays if a is not None}
+        return sum(kept.values())
+
+    def discarding(self) -> "Stash":
+        """A stash for the same batch that keeps nothing: inference, and Recompute's first forward."""
+        return _DiscardingStash(self.batch)
+
+    def fresh(self) -> "Stash":
+        """An empty stash for the same batch: Recompute's second forward and its backward."""
+        stash = Stash(self.batch, self._defer)
+        stash._deferred = self._deferred  # W runs through the outer stash
+        return stash
+
+    def weight_grad(self, parameter: Parameter, x: Any, dy: Any) -> None:
+        """parameter.grad += x.T @ dy, now or at run_weight_grads (a schedule's W)."""
+        if self._defer:
+            self._deferred.append((parameter, x, dy))
+        else:
+            ops.add_product(parameter.grad, x, dy)
+
+    def run_weight_grads(self) -> None:
+        """Add the deferred weight gradients, in the order in which backward met them."""
+        for parameter, x, dy in self._deferred:
+            ops.add_product(parameter.grad, x, dy)
+        self._deferred.clear()
+
+
+class _DiscardingStash(Stash):
+    def push(self, owner: "Layer", *arrays: Any) -> None:
+        pass
+
+
+class Layer:
+    """A function with parameters and a backward next to its forward.
+
+    forward(x, stash) -> y pushes what backward needs; backward(dy, stash) -> dx pops it, adds to the
+    parameters' gradients and returns the gradient of x. `dy` is read-only; dx is a new array.
+    """
+
+    name = ""
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        raise NotImplementedError
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[tuple[str, "Layer | Parameter"]]:
+        """Direct parameters and sub-layers with their names, in the order of definition."""
+        for name, value in vars(self).items():
+            if isinstance(value, Layer | Parameter):
+                yield name, value
+            elif isinstance(value, dict):
+                for key, layer in value.items():
+                    if isinstance(layer, Layer):
+                        yield f"{name}.{key}", layer
+
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, "Layer"]]:
+        """This layer and all layers below it, with their full names."""
+        yield prefix, self
+        for name, part in self.parts():
+            if isinstance(part, Layer):
+                yield from part.named_layers(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """All parameters with their full names; one that several layers share comes once."""
+        seen = set()
+        for prefix, layer in self.named_layers():
+            for name, part in layer.parts():
+                if isinstance(part, Parameter) and id(part) not in seen:
+                    seen.add(id(part))
+                    yield f"{prefix}.{name}" if prefix else name, part
+
+    def name_parts(self) -> None:
+        """Write its full name into every layer and parameter; initial values and masks depend on it."""
+        for name, layer in self.named_layers():
+            layer.name = name
+        for name, parameter in self.named_parameters():
+            parameter.name = name
+
+    def materialize(self, seed: int, dtype: Any = np.float32) -> None:
+        """Name all parts and allocate the parameters with the initial values of `seed`."""
+        self.name_parts()
+        for name, parameter in self.named_parameters():
+            if parameter.size == 0:
+                raise CupytronError(f"parameter {name} has shape {parameter.shape}: it is empty")
+            parameter.materialize(seed, dtype)
+
+    def describe(self) -> str:
+        """The layer's class and name, for messages."""
+        return f"{type(self).__name__} {self.name}".strip()

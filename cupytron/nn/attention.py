@@ -1,0 +1,88 @@
+"""Causal self-attention with grouped queries and rotary positions."""
+
+from typing import Any
+
+from cupytron import backend, ops
+from cupytron.layer import Layer, Stash
+from cupytron.nn.linear import Linear
+from cupytron.ops import philox
+
+
+class Attention(Layer):
+    """y = out(softmax(q k^T / sqrt(H)) v), with q, k, v = qkv(x).
+
+    The columns of `qkv` are ordered by KV head, (N_kv, q..q k v, H), so that a contiguous share of them
+    holds whole groups. How many heads there are is read off the array: a shard needs no telling.
+
+    Shapes: x, y (T, D).
+    """
+
+    def __init__(
+        self,
+        d: int,
+        num_heads: int,
+        num_kv_heads: int,
+        bias: bool = True,
+        rope_theta: float | None = None,
+        dropout: float = 0.0,
+        std: float = 0.02,
+        out_std: float = 0.02,
+    ) -> None:
+        self.head_size = d // num_heads
+        self.group = num_heads // num_kv_heads
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.first_head = 0  # global index of this shard's first head
+        self.qkv = Linear(d, (num_heads + 2 * num_kv_heads) * self.head_size, bias, std)
+        self.out = Linear(num_heads * self.head_size, d, bias, out_std)
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        qkv = self.qkv.forward(x, stash)
+        q, k, v = self._split(qkv, stash)
+        self._rotate(q, k, stash, back=False)
+        if stash.batch.kv_cache is not None:
+            k, v = stash.batch.kv_cache.extend(self, k, v)
+        o, lse = ops.attention(q, k, v, self._dropout(stash))
+        stash.push(self, qkv, o, lse)
+        return self.out.forward(o.reshape(len(x), -1), stash)
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        do = self.out.backward(dy, stash)
+        qkv, o, lse = stash.pop(self)
+        dqkv = backend.array_module(qkv).empty_like(qkv)
+        q, k, v = self._split(qkv, stash)
+        dq, dk, dv = self._split(dqkv, stash)
+        ops.attention_backward(
+            do.reshape(o.shape), q, k, v, o, lse, (dq, dk, dv), self._dropout(stash)
+        )
+        self._rotate(dq, dk, stash, back=True)
+        return self.qkv.backward(dqkv, stash)
+
+    def _split(self, qkv: Any, stash: Stash) -> tuple[Any, Any, Any]:
+        """Views q (B, S, N_kv, G, H), k and v (B, S, N_kv, H)."""
+        batch = stash.batch.batch_size
+        heads = qkv.reshape(batch, len(qkv) // batch, -1, self.group + 2, self.head_size)
+        return heads[..., : self.group, :], heads[..., self.group, :], heads[..., self.group + 1, :]
+
+    def _rotate(self, q: Any, k: Any, stash: Stash, back: bool) -> None:
+        """Turn queries and keys, or their gradients back, in place."""
+        if self.rope_theta is None:
+            return
+        batch, theta = stash.batch, self.rope_theta
+        cos, sin = batch.once(
+            ("rotary", self.head_size, theta),
+            lambda: ops.rotary_table(batch.positions, self.head_size, theta, q.dtype),
+        )
+        turn = -sin if back else sin
+        for i in range(self.group):
+            ops.rotary(q[..., i, :], cos, turn)
+        ops.rotary(k, cos, turn)
+
+    def _dropout(self, stash: Stash) -> ops.AttentionDropout | None:
+        batch = stash.batch
+        if not self.dropout or not batch.training:
+            return None
+        key = philox.key_of(batch.seed, "dropout", self.name)
+        return ops.AttentionDropout(
+            self.dropout, key, batch.step, batch.first_token, self.first_head
+        )

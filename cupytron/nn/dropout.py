@@ -1,0 +1,29 @@
+"""Dropout with masks by global index."""
+
+from typing import Any
+
+from cupytron import ops
+from cupytron.layer import Layer, Stash
+from cupytron.ops import philox
+
+
+class Dropout(Layer):
+    """y = x * mask / (1 - p) in training, y = x otherwise. Shapes: x, y (T, D)."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        batch = stash.batch
+        if not self.p or not batch.training:
+            return x
+        key = philox.key_of(batch.seed, "dropout", self.name)
+        y, mask = ops.dropout(x, self.p, key, batch.step, batch.first_token)
+        stash.push(self, mask)
+        return y
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        if not self.p or not stash.batch.training:
+            return dy
+        (mask,) = stash.pop(self)
+        return ops.dropout_backward(dy, mask, self.p)
