@@ -12,8 +12,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cupytron import config_io
 from cupytron.config_checks import Problem, check_model, check_run, check_single_process
+from cupytron.config_io import write_toml
+from cupytron.config_reader import Conflict, Reader
 from cupytron.errors import ConfigError
 
 # upper bounds catch slips (a missing dot, a size in bytes), not ambitions
@@ -34,7 +35,7 @@ class _Settings(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if problems := list(self._problems()):
-            raise config_io.Conflict(problems)
+            raise Conflict(problems)
         return self
 
     def _problems(self) -> Iterable[Problem]:
@@ -58,7 +59,7 @@ class ModelConfig(_Settings):
     d_model: Size = Field(default=128, description="width of the residual stream")
     d_ff: Size | None = Field(
         default=None,
-        description="width of the MLP; unset: gpt2 4 d_model, llama 8/3 d_model, up to a multiple of 32",
+        description="width of the MLP; unset: gpt2 4 d_model, llama 8/3 d_model, up to a 32-fold",
     )
     context_length: Size | None = Field(
         default=None, description="longest sequence the model takes; unset: train.sequence_length"
@@ -203,7 +204,7 @@ class ParallelConfig(_Settings):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="threads of this process; unset: the cores it may use"
     )
-    blas_kernel: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,32}$")] = Field(
+    blas_kernel: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = Field(
         default="auto", description="OpenBLAS kernel: auto measures, off leaves it, or a name"
     )
     malloc: bool = Field(default=True, description="glibc: keep freed pages for the next step")
@@ -251,11 +252,12 @@ class RunConfig(_Settings):
         """cosine, linear: the step where min_lr is reached; wsd: length of the final decay."""
         if self.optim.decay_steps is not None:
             return self.optim.decay_steps
-        return self.train.max_steps // 5 if self.optim.schedule == "wsd" else self.train.max_steps
+        steps = self.train.max_steps
+        return max(1, steps // 5) if self.optim.schedule == "wsd" else steps
 
     def to_toml(self) -> str:
         """The settings as a TOML file that `load_config` reads back to equal settings."""
-        return config_io.write_toml(self.model_dump())
+        return write_toml(self.model_dump())
 
     def _problems(self) -> Iterable[Problem]:
         return check_run(self)
@@ -276,7 +278,7 @@ def load_config(
     Raises:
         ConfigError: a line for everything that is wrong, each beginning with the key or the file.
     """
-    reader = config_io.Reader(RunConfig)
+    reader = Reader(RunConfig)
     if preset is not None:
         reader.add_preset(preset)
     if file is not None:
