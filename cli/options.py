@@ -1,0 +1,122 @@
+"""The options that choose a run's settings, for every command that needs some."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cupytron.config import RunConfig
+
+# (names, the key that they set, help); the names are those that users of other systems know.
+# Values stay text here, so that `load_config` tells all errors at once and in one way.
+FLAGS = [
+    (("--data",), "data.path", "Folder made by `cupytron data prepare`."),
+    (("--num-layers", "--n-layers"), "model.num_layers", "Blocks."),
+    (("--num-heads", "--n-heads"), "model.num_heads", "Attention heads."),
+    (("--d-model",), "model.d_model", "Width of the residual stream."),
+    (("--sequence-length",), "train.sequence_length", "Tokens of a training sequence."),
+    (("--micro-batch", "--batch-size"), "train.micro_batch", "Sequences of one forward."),
+    (("--global-batch",), "train.global_batch", "Sequences of a step."),
+    (("--max-steps",), "train.max_steps", "Steps of the whole run."),
+    (("--lr", "--learning-rate"), "optim.lr", "Highest learning rate."),
+    (("--eval-interval",), "train.eval_interval", "Steps between validation losses."),
+    (("--seed",), "train.seed", "Of weights, sample order and dropout."),
+    (("--dtype",), "train.dtype", "float32 or float64."),
+    (("--tensor-parallel-size", "--tp"), "parallel.tp", "Tensor-parallel size."),
+    (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
+    (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
+    (("--zero",), "parallel.zero", "ZeRO stage, 0 to 3."),
+    (("--threads",), "parallel.threads", "Threads of this process."),
+    (("--blas-kernel",), "parallel.blas_kernel", "OpenBLAS kernel: auto, off or a name."),
+]
+SWITCHES = [
+    (
+        ("--deterministic/--no-deterministic",),
+        "train.deterministic",
+        "The same bits again: one BLAS thread.",
+    ),
+    (
+        ("--sequence-parallel/--no-sequence-parallel", "--sp/--no-sp"),
+        "parallel.sp",
+        "Sequence parallelism along the tensor axis.",
+    ),
+    (("--malloc/--no-malloc",), "parallel.malloc", "Keep freed pages (glibc)."),
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says about a run's settings.
+
+    Attributes:
+        preset: name of a preset.
+        file: path of a TOML file.
+        overrides: `section.key=value` strings: those of `--set` in their order, then the named
+            flags, which therefore win.
+    """
+
+    preset: str | None = None
+    file: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+    def load(self) -> "RunConfig":
+        """The settings.
+
+        Raises:
+            ConfigError: a line for everything that is wrong with them.
+        """
+        from cupytron.config import load_config
+
+        return load_config(self.preset, self.file, self.overrides)
+
+
+def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a run's settings; it receives them as `settings`."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        overrides = list(kwargs.pop("set_"))
+        for key in [key for _, key, _ in FLAGS + SWITCHES]:
+            value = kwargs.pop(_name(key))
+            if value is not None:
+                overrides.append(f"{key}={_spell(key, value)}")
+        settings = Settings(kwargs.pop("preset"), kwargs.pop("config"), overrides)
+        return function(*args, settings=settings, **kwargs)
+
+    for option in reversed(_options()):
+        command = option(command)
+    return command
+
+
+def _options() -> list[Callable[..., Any]]:
+    options = [
+        click.option("--preset", metavar="NAME", help="Settings to start from."),
+        click.option("--config", metavar="FILE", help="TOML file; overrides the preset."),
+        click.option(
+            "--set",
+            "set_",
+            metavar="SECTION.KEY=VALUE",
+            multiple=True,
+            help="Override one setting; repeatable. The flags below override it.",
+        ),
+    ]
+    for names, key, text in FLAGS:
+        options.append(click.option(*names, _name(key), metavar="VALUE", help=f"{text}  [{key}]"))
+    for names, key, text in SWITCHES:
+        options.append(click.option(*names, _name(key), default=None, help=f"{text}  [{key}]"))
+    return options
+
+
+def _name(key: str) -> str:
+    return key.replace(".", "_")
+
+
+def _spell(key: str, value: str | bool) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # quoted, so that a folder called 2024 or none is a folder
+    return json.dumps(value, ensure_ascii=False) if key == "data.path" else value
