@@ -2,9 +2,9 @@
 
 Written from scratch on `torch.nn`, and on purpose in PyTorch's own way rather than in cupytron's:
 three-dimensional activations, (D_out, D_in) weights, queries, keys and values as three contiguous
-parts of one product, the framework's attention, its AdamW and its clipping. So an agreement of losses
-and gradients (`tests/test_against_torch.py`) is not an agreement with a copy. Only `load_cupytron`,
-`named_arrays` and `named_gradients` know cupytron's names and layouts.
+parts of one product, the framework's attention, its AdamW and its clipping. So when losses and
+gradients agree (`tests/test_against_torch.py`), that is not agreement with a copy. Only
+`load_cupytron`, `named_arrays` and `named_gradients` know cupytron's names and layouts.
 """
 
 from typing import Any

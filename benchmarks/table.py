@@ -1,0 +1,76 @@
+"""The benchmark's record as two tables: time and memory. Markdown that also reads well as text.
+
+python benchmarks/table.py benchmarks/results/FILE.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "cupytron": "cupytron",
+    "torch_eager": "eager",
+    "torch_compiled": "compiled",
+    "torch_eager_avx512": "eager, AVX-512",
+    "torch_compiled_avx512": "compiled, AVX-512",
+}
+RATIOS = {"as_installed": "as installed", "avx512": "AVX-512"}
+
+
+def _time(run: dict[str, Any]) -> str:
+    return f"{run['ms_per_step']:.1f} ms, {run['tokens_per_second'] / 1e3:.1f} k/s"
+
+
+def _memory(run: dict[str, Any]) -> str:
+    return f"{run['peak_memory_bytes'] / 1e6:.0f} MB"
+
+
+def _rows(record: dict[str, Any], ratio: str) -> list[list[str]]:
+    """Header and a row for each setting; a contender that failed is shown as that."""
+    summaries = {name: found["summary"] for name, found in record["settings"].items()}
+    keys = [key for key in COLUMNS if any(key in s["contenders"] for s in summaries.values())]
+    kinds = [kind for kind in RATIOS if any(kind in s["ratios"] for s in summaries.values())]
+    cell = _time if ratio == "speed" else _memory
+    rows = [["setting", "parameters", *(COLUMNS[key] for key in keys)]]
+    rows[0] += [f"{ratio}, {RATIOS[kind]}" for kind in kinds]
+    for name, summary in summaries.items():
+        runs = [summary["contenders"][key] for key in keys]
+        counts = [run["parameters"] for run in runs if "parameters" in run]
+        row = [name, f"{counts[0]:,}" if counts else "?"]
+        row += ["failed" if "error" in run else cell(run) for run in runs]
+        for kind in kinds:
+            found = summary["ratios"].get(kind)
+            row.append(f"{found[ratio]:.2f}x" if found else "-")
+        rows.append(row)
+    return rows
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    """Print the machine, both tables, and why a contender failed."""
+    facts = record["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+    print(f"{facts['cpu']}, {facts['cores']} cores; {versions}; {record['date']}")
+    print(f"{record['threads']} threads, medians of {record['rounds']} rounds, float32\n")
+    print("Median step, thousands of tokens a second; speed: cupytron's to PyTorch's faster mode")
+    print("\n" + _markdown(_rows(record, "speed")) + "\n")
+    print("Peak memory of the process; memory: cupytron's to the smaller of PyTorch's modes")
+    print("\n" + _markdown(_rows(record, "memory")))
+    for name, found in record["settings"].items():
+        for key, run in found["summary"]["contenders"].items():
+            if "error" in run:
+                print(f"\n{name} {key} failed: {run['error']}")
+
+
+if __name__ == "__main__":
+    print_tables(json.loads(Path(sys.argv[1]).read_text()))
