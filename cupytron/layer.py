@@ -59,9 +59,13 @@ class Parameter:
         """Elements of the part that this process holds."""
         return int(np.prod(self.local_shape))
 
+    def initial_values(self, seed: int) -> np.ndarray:
+        """Float64 values of the local part at the start of training."""
+        return self.init(self.shape, self.box, seed, self.name)
+
     def materialize(self, seed: int, dtype: Any) -> None:
         """Allocate the local part with its initial values, and a gradient of zeros."""
-        self.data = self.init(self.shape, self.box, seed, self.name).astype(dtype)
+        self.data = self.initial_values(seed).astype(dtype)
         self.grad = np.zeros_like(self.data)
 
 

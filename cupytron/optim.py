@@ -1,0 +1,153 @@
+"""AdamW and SGD on flat arrays, learning-rate schedules, the global norm."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from cupytron import backend
+from cupytron.config import OptimConfig, RunConfig
+from cupytron.parallel.buffer import Bucket
+
+
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    w = w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr decay w
+
+    Reference: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+
+    STATE: ClassVar = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, config: OptimConfig) -> None:
+        self.config = config
+
+    def update(
+        self, w: Any, g: Any, state: tuple[Any, ...], lr: float, step: int, decay: float
+    ) -> None:
+        """Update slices of weights and state; `g` is overwritten.
+
+        Args:
+            w, g: flat slices of weights and of the (clipped) gradient.
+            state: flat slices of exp_avg and exp_avg_sq.
+            lr: learning rate. step: from 0. decay: weight decay of this slice.
+        """
+        m, v = state
+        c = self.config
+        xp = backend.array_module(w)
+        m *= c.beta1
+        m += g * (1 - c.beta1)
+        v *= c.beta2
+        xp.multiply(g, g, out=g)
+        g *= 1 - c.beta2
+        v += g
+        xp.multiply(v, 1 / (1 - c.beta2 ** (step + 1)), out=g)
+        xp.sqrt(g, out=g)
+        g += c.eps
+        xp.divide(m, g, out=g)
+        g *= lr / (1 - c.beta1 ** (step + 1))
+        if decay:
+            w *= 1 - lr * decay
+        w -= g
+
+
+class SGD:
+    """Gradient descent with momentum: u = momentum u + g;  w = w - lr u - lr decay w."""
+
+    STATE: ClassVar = ("momentum",)
+
+    def __init__(self, config: OptimConfig) -> None:
+        self.config = config
+
+    def update(
+        self, w: Any, g: Any, state: tuple[Any, ...], lr: float, step: int, decay: float
+    ) -> None:
+        """Update slices of weights and state; `g` is overwritten. Arguments as AdamW's."""
+        (u,) = state
+        u *= self.config.momentum
+        u += g
+        if decay:
+            w *= 1 - lr * decay
+        w -= u * lr
+
+
+OPTIMIZERS = {"adamw": AdamW, "sgd": SGD}
+
+
+def allocate_state(optimizer: AdamW | SGD, buckets: Iterable[Bucket]) -> None:
+    """Give every bucket the optimizer's flat arrays, zeros at first."""
+    for bucket in buckets:
+        xp = backend.array_module(bucket.data)
+        bucket.state = {name: xp.zeros_like(bucket.data) for name in optimizer.STATE}
+
+
+def apply(
+    optimizer: AdamW | SGD, buckets: Iterable[Bucket], lr: float, step: int, scale: float
+) -> None:
+    """One optimizer step on all buckets; the gradients are scaled, used and left at zero."""
+    for bucket in buckets:
+        ranges = (
+            (0, bucket.decayed, optimizer.config.weight_decay),
+            (bucket.decayed, bucket.size, 0.0),
+        )
+        for start, stop, decay in ranges:
+            _apply_range(optimizer, bucket, slice(start, stop), lr, step, scale, decay)
+
+
+def _apply_range(
+    optimizer: AdamW | SGD,
+    bucket: Bucket,
+    part: slice,
+    lr: float,
+    step: int,
+    scale: float,
+    decay: float,
+) -> None:
+    w, grad = bucket.data[part], bucket.grad[part]
+    state = tuple(array[part] for array in bucket.state.values())
+
+    def body(s: slice) -> None:
+        # in slices that stay in the cache through all the steps of the update
+        g = grad[s] * scale
+        grad[s] = 0
+        optimizer.update(w[s], g, tuple(array[s] for array in state), lr, step, decay)
+
+    backend.for_slices(backend.array_module(w), body, part.stop - part.start, backend.BLOCK // 2)
+
+
+def global_norm(buckets: Iterable[Bucket]) -> float:
+    """Square root of the sum of squares of all gradients; float64 sums of fixed chunks."""
+    total = 0.0
+    for bucket in buckets:
+        xp = backend.array_module(bucket.grad)
+        block = backend.BLOCK
+        sums = xp.empty(backend.slice_count(xp, bucket.size, block), xp.float64)
+
+        def body(s: slice, grad: Any = bucket.grad, sums: Any = sums, xp: Any = xp) -> None:
+            sums[s.start // block] = xp.dot(grad[s], grad[s])
+
+        backend.for_slices(xp, body, bucket.size, block)
+        total += float(sums.sum())
+    return math.sqrt(total)
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0.
+
+    It rises linearly over warmup_steps. Then: constant; linear or cosine down to min_lr at decay_steps;
+    wsd stays and falls linearly to min_lr over the last decay_steps of the run (Hu et al. 2024,
+    arXiv:2404.06395).
+    """
+    optim, low = config.optim, config.min_lr
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / (optim.warmup_steps + 1)
+    if optim.schedule == "constant":
+        return optim.lr
+    start, end = optim.warmup_steps, config.decay_steps
+    if optim.schedule == "wsd":
+        start, end = config.train.max_steps - config.decay_steps, config.train.max_steps
+    progress = min(max((step - start) / max(1, end - start), 0.0), 1.0)
+    if optim.schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return optim.lr + (low - optim.lr) * progress

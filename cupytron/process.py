@@ -1,0 +1,203 @@
+"""Prepare this process for NumPy, before NumPy is imported: BLAS kernel, threads, malloc.
+
+Imports the standard library only. See docs/decisions/0003-process.md for what each choice brings.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Measured in a child process: the time of a few float32 products, the best of several.
+_MEASURE = """
+import time, numpy as np
+a = np.ones((384, 384), np.float32)
+best = 1e9
+for _ in range(12):
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    best = min(best, time.perf_counter() - start)
+print(best)
+"""
+_WIN = 0.9  # another kernel must beat OpenBLAS's own choice by this much
+
+
+def prepare(
+    threads: int | None = None,
+    blas_kernel: str = "auto",
+    malloc: bool = True,
+    deterministic: bool = False,
+) -> dict[str, Any]:
+    """Set up the process and say what was done; call it before NumPy is imported.
+
+    Args:
+        threads: of this process; None: the cores of its affinity mask.
+        blas_kernel: "auto", "off" or an OpenBLAS kernel's name.
+        malloc: keep freed pages (glibc only).
+        deterministic: one thread.
+
+    Returns: a record of the environment, kept with the run.
+    """
+    early = "numpy" not in sys.modules
+    cores = available_cores()
+    count = 1 if deterministic else threads or cores
+    found = os.environ.get("OPENBLAS_CORETYPE")
+    kernel = _choose_kernel(blas_kernel) if early else None
+    if kernel:
+        os.environ["OPENBLAS_CORETYPE"] = kernel
+    if early:
+        # our own workers share out the products (docs/decisions/0002-own-threads.md)
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ[name] = "1"
+    kept = malloc and keep_freed_pages()
+
+    from cupytron import backend
+
+    backend.set_threads(count)
+    return {
+        "threads": count,
+        "cores": cores,
+        "blas_kernel": kernel or found or "OpenBLAS's own choice",
+        "blas_kernel_found": found,
+        "malloc": "keeps freed pages" if kept else "as found",
+        "processor": processor(),
+        "python": platform.python_version(),
+        "numpy": metadata.version("numpy"),
+        "cupytron": metadata.version("cupytron"),
+        "platform": platform.platform(),
+    }
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The line that is printed at start."""
+    kernel, found = record["blas_kernel"], record["blas_kernel_found"]
+    if found and found != kernel:
+        # never silently against what somebody may have set on purpose
+        kernel += f" (the environment said {found}; --blas-kernel off keeps that)"
+    return (
+        f"{record['processor']}, {record['threads']} of {record['cores']} cores; "
+        f"OpenBLAS kernel {kernel}; malloc {record['malloc']}; numpy {record['numpy']}"
+    )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two records and may change the last bits of results."""
+    keys = ("threads", "blas_kernel", "processor", "numpy", "cupytron")
+    return [
+        f"{k}: {before.get(k)} before, {now.get(k)} now"
+        for k in keys
+        if before.get(k) != now.get(k)
+    ]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _has_avx512() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"} <= set(flags)
+
+
+def _choose_kernel(wish: str) -> str | None:
+    """The OpenBLAS kernel to ask for; None leaves the choice to OpenBLAS."""
+    if wish == "off":
+        return None
+    if wish != "auto":
+        return wish
+    # OpenBLAS knows many AVX-512 processors as something older and gives away half of their speed
+    if not _has_avx512():
+        return None
+    cache = _cache_file()
+    known = _read(cache)
+    measured = (processor(), metadata.version("numpy"), os.environ.get("OPENBLAS_CORETYPE"))
+    key = hashlib.sha256(repr(measured).encode()).hexdigest()[:16]
+    if key not in known:
+        own, wide = _seconds(None), _seconds("SkylakeX")
+        if own is None or wide is None:
+            return None
+        known[key] = "SkylakeX" if wide < own * _WIN else ""
+        _write(cache, known)
+    return known[key] or None
+
+
+def _seconds(kernel: str | None) -> float | None:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    if kernel:
+        environment["OPENBLAS_CORETYPE"] = kernel
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE],
+            env=environment,
+            capture_output=True,
+            timeout=20,
+            check=True,
+        )
+        return float(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cupytron" / "blas-kernel.json"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    valid = isinstance(known, dict) and all(v in ("", "SkylakeX") for v in known.values())
+    return known if valid else {}
+
+
+def _write(path: Path, known: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # several ranks may write at once: each its own file, renamed into place
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(known, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # the measurement will be made again
+
+
+def keep_freed_pages() -> bool:
+    """Tell glibc's malloc to keep freed memory: a step frees and takes the same arrays again."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    done = mallopt(mmap_max, 0)
+    done &= mallopt(trim_threshold, 2**31 - 1)
+    done &= mallopt(top_pad, 64 << 20)
+    return bool(done)
