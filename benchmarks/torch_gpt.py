@@ -31,6 +31,14 @@ def rotary_tables(context_length: int, head_size: int, theta: float) -> tuple[Te
     return angles.cos(), angles.sin()
 
 
+def sinusoidal_table(context_length: int, width: int) -> Tensor:
+    """Vaswani et al. 2017 (arXiv:1706.03762): sines in even, cosines in odd features; (S, D)."""
+    wavelengths = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(context_length, dtype=torch.float64)[:, None] / wavelengths
+    # an odd width ends with a sine that has no cosine
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -104,8 +112,6 @@ class TorchGPT(nn.Module):
         super().__init__()
         if config.dropout != 0.0:
             raise ValueError(f"dropout={config.dropout}: the PyTorch model has none; set 0")
-        if config.position not in ("learned", "rotary", "none"):
-            raise ValueError(f"position={config.position!r}: choose learned, rotary or none")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
@@ -115,13 +121,15 @@ class TorchGPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self.rotary = config.position == "rotary"
-        if self.rotary:
+        dtype = self.embedding.weight.dtype
+        if config.position == "rotary":
             head_size = config.d_model // config.num_heads
             cos, sin = rotary_tables(config.context_length, head_size, config.rope_theta)
-            dtype = self.embedding.weight.dtype
             self.register_buffer("cos", cos.to(dtype), persistent=False)
             self.register_buffer("sin", sin.to(dtype), persistent=False)
+        elif config.position == "sinusoidal":
+            table = sinusoidal_table(config.context_length, config.d_model)
+            self.register_buffer("sinusoids", table.to(dtype), persistent=False)
         self.apply(self._initialise)
 
     @staticmethod
@@ -137,7 +145,9 @@ class TorchGPT(nn.Module):
         x = self.embedding(ids)
         if self.config.position == "learned":
             x = x + self.positions(torch.arange(s, device=ids.device))
-        rotary = (self.cos[:s], self.sin[:s]) if self.rotary else None
+        elif self.config.position == "sinusoidal":
+            x = x + self.sinusoids[:s]
+        rotary = (self.cos[:s], self.sin[:s]) if self.config.position == "rotary" else None
         for block in self.blocks:
             x = block(x, rotary)
         logits = self.head(self.norm(x))
