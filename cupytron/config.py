@@ -122,12 +122,8 @@ class ModelConfig(_Settings):
 
     def sizes(self) -> tuple[int, int, int, int]:
         """V, N_kv, F and the context's length. The model is resolved."""
-        v, kv_heads, d_ff, context = (
-            self.vocab_size,
-            self.num_kv_heads,
-            self.d_ff,
-            self.context_length,
-        )
+        v, kv_heads, d_ff = self.vocab_size, self.num_kv_heads, self.d_ff
+        context = self.context_length
         if v is None or kv_heads is None or d_ff is None or context is None:
             raise ConfigError("the model has sizes that are not set; call resolve_model first")
         return v, kv_heads, d_ff, context

@@ -60,7 +60,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        reason = str(error).replace("at end of document", f"at line {text.count(chr(10)) + 1}")
+        last = text.rstrip().count("\n") + 1
+        reason = str(error).replace("at end of document", f"at line {last}, the last")
     except RecursionError:
         reason = "nested too deeply"
     except ValueError:  # int() refuses thousands of digits
