@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,15 +64,39 @@ class Settings:
     file: str | None = None
     overrides: list[str] = field(default_factory=list)
 
-    def load(self) -> "RunConfig":
+    def load(self, run: str | None = None) -> "RunConfig":
         """The settings.
+
+        Args:
+            run: a run's folder; without a preset and a file its own settings are the start.
 
         Raises:
             ConfigError: a line for everything that is wrong with them.
         """
         from cupytron.config import load_config
 
-        return load_config(self.preset, self.file, self.overrides)
+        file = self.file
+        if run and not self.preset and not file and (Path(run) / "config.toml").is_file():
+            file = str(Path(run) / "config.toml")
+        return load_config(self.preset, file, self.overrides)
+
+
+def prepare_process(config: "RunConfig") -> dict[str, Any]:
+    """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
+    from cupytron.process import prepare
+
+    parallel = config.parallel
+    return prepare(
+        parallel.threads, parallel.blas_kernel, parallel.malloc, config.train.deterministic
+    )
+
+
+def prepare_for_run(run: str) -> None:
+    """Prepare the process as a run's own settings say."""
+    from cupytron.config import load_config
+    from cupytron.run_folder import RunFolder
+
+    prepare_process(load_config(file=RunFolder(run).require().config))
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:

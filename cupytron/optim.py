@@ -120,16 +120,19 @@ def global_norm(buckets: Iterable[Bucket]) -> float:
     """Square root of the sum of squares of all gradients; float64 sums of fixed chunks."""
     total = 0.0
     for bucket in buckets:
-        xp = backend.array_module(bucket.grad)
-        block = backend.BLOCK
-        sums = xp.empty(backend.slice_count(xp, bucket.size, block), xp.float64)
-
-        def body(s: slice, grad: Any = bucket.grad, sums: Any = sums, xp: Any = xp) -> None:
-            sums[s.start // block] = xp.dot(grad[s], grad[s])
-
-        backend.for_slices(xp, body, bucket.size, block)
-        total += float(sums.sum())
+        total += _sum_of_squares(bucket.grad)
     return math.sqrt(total)
+
+
+def _sum_of_squares(flat: Any) -> float:
+    xp, block = backend.array_module(flat), backend.BLOCK
+    sums = xp.empty(backend.slice_count(xp, len(flat), block), xp.float64)
+
+    def body(s: slice) -> None:
+        sums[s.start // block] = xp.dot(flat[s], flat[s])
+
+    backend.for_slices(xp, body, len(flat), block)
+    return float(sums.sum())
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -146,7 +149,8 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return optim.lr
     start, end = optim.warmup_steps, config.decay_steps
     if optim.schedule == "wsd":
-        start, end = config.train.max_steps - config.decay_steps, config.train.max_steps
+        end = config.train.max_steps
+        start = max(start, end - config.decay_steps)
     progress = min(max((step - start) / max(1, end - start), 0.0), 1.0)
     if optim.schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2

@@ -304,3 +304,8 @@ def test_the_written_form_is_plain_toml():
     tables = tomllib.loads(load_config("demo").to_toml())
     assert list(tables) == ["model", "data", "train", "optim", "parallel", "checkpoint"]
     assert "vocab_size" not in tables["model"], "what is unset is left out"
+
+
+def test_a_preset_can_be_tried_for_fewer_steps_than_its_warmup():
+    config = load_config("gpt2-124m", overrides=["train.max_steps=3"])
+    assert config.optim.warmup_steps > config.train.max_steps

@@ -22,8 +22,16 @@ class Work(NamedTuple):
     targets: Any
 
 
-def cut(inputs: Any, targets: Any, micro_batch: int, *, step: int, seed: int) -> list[Work]:
-    """Cut a step's sequences into training micro-batches.
+def cut(
+    inputs: Any,
+    targets: Any,
+    micro_batch: int,
+    *,
+    step: int = 0,
+    seed: int = 0,
+    training: bool = True,
+) -> list[Work]:
+    """Cut a step's sequences into micro-batches.
 
     Shapes: inputs, targets (global_batch, S).
     """
@@ -37,7 +45,7 @@ def cut(inputs: Any, targets: Any, micro_batch: int, *, step: int, seed: int) ->
                 positions=positions,
                 step=step,
                 first_token=first * seq,
-                training=True,
+                training=training,
                 seed=seed,
             ),
             inputs[first : first + micro_batch].reshape(-1),

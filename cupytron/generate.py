@@ -1,0 +1,175 @@
+"""Writing text: KV cache, window, and the choice of the next token."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupytron.errors import CupytronError
+from cupytron.layer import MicroBatch, Stash
+from cupytron.model import Transformer
+from cupytron.ops import philox
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for each attention layer.
+
+    Shapes: (1, capacity, N_kv, H) each, allocated when a layer first asks.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._arrays: dict[str, tuple[Any, Any]] = {}
+
+    def extend(self, layer: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """Append k and v (1, S, N_kv, H) of `layer`; returns all of its keys and values so far."""
+        if layer.name not in self._arrays:
+            shape = (1, self.capacity, *k.shape[2:])
+            self._arrays[layer.name] = (np.empty(shape, k.dtype), np.empty(shape, v.dtype))
+        keys, values = self._arrays[layer.name]
+        stop = self.length + k.shape[1]
+        keys[:, self.length : stop], values[:, self.length : stop] = k, v
+        return keys[:, :stop], values[:, :stop]
+
+    def advance(self, tokens: int) -> None:
+        """Called once all layers have seen `tokens` more."""
+        self.length += tokens
+
+
+def window_start(count: int, context: int) -> int:
+    """The first token that the model sees when it predicts token number `count`.
+
+    The window grows to `context` tokens; when it is full, its last half is kept, and it grows again. It
+    depends on `count` alone, so cached and uncached generation see the same.
+    """
+    if count <= context:
+        return 0
+    kept = max(1, context // 2)
+    # after the first full window, one of every (context - kept + 1) tokens starts a new one
+    period = context + 1 - kept
+    return (1 + (count - context - 1) // period) * period
+
+
+class Decoder:
+    """Logits of the next token, for a growing sequence.
+
+    Args:
+        model: with its weights.
+        use_cache: keep keys and values; without it every token runs the whole window.
+    """
+
+    def __init__(self, model: Transformer, use_cache: bool = True) -> None:
+        self.model = model
+        self.context = int(model.config.context_length or 0)
+        self.use_cache = use_cache
+        self._cache: KVCache | None = None
+        self._start = 0
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """Logits (V,) of the token after `ids`; ids may only have grown since the last call."""
+        start = window_start(len(ids), self.context)
+        if self._cache is None or start != self._start or not self.use_cache:
+            self._cache, self._start = KVCache(self.context), start
+        done = self._cache.length
+        new = np.asarray(ids[start + done :], dtype=np.int64)
+        positions = np.arange(done, done + len(new))
+        batch = MicroBatch(1, len(new), positions, kv_cache=self._cache)
+        logits = self.model.forward(new, Stash(batch).discarding())
+        self._cache.advance(len(new))
+        return logits[-1]
+
+
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+    sample: int = 0,
+    stop: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """New token ids, one at a time.
+
+    Args:
+        prompt: at least one token id.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k, top_p: choose among the k likeliest tokens, or the fewest that hold probability p.
+        seed, sample: address the random numbers: sample number i is the same however many are drawn.
+        stop: a token that ends the text (it is not yielded).
+        vocab_size: ids from here on are padding and are never chosen.
+
+    Raises:
+        CupytronError: an argument is out of range.
+    """
+    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    key = philox.key_of(seed, "sample", str(sample))
+    decoder = Decoder(model, use_cache)
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        logits = decoder.logits(ids)[:vocab_size]
+        token = choose(logits, temperature, top_k, top_p, key, position=len(ids))
+        if token == stop:
+            return
+        ids.append(token)
+        yield token
+
+
+def choose(
+    logits: Any,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    key: tuple[int, int],
+    position: int,
+) -> int:
+    """One token id drawn from softmax(logits / temperature), restricted by top_k, then top_p.
+
+    Each token's score gets Gumbel noise of its own, addressed by position and token id, and the largest
+    wins (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): that needs no sum over the vocabulary, and
+    shards of it can decide among their winners. Ties go to the smaller id.
+    """
+    scores = np.asarray(logits, dtype=np.float64)
+    if temperature == 0:
+        return int(np.argmax(scores))
+    scores = scores / temperature
+    order = np.argsort(-scores, kind="stable")
+    if top_k is not None:
+        order = order[:top_k]
+    if top_p is not None:
+        weights = np.exp(scores[order] - scores[order[0]])
+        before = np.cumsum(weights) - weights  # probability of all that are likelier
+        order = order[before < top_p * weights.sum()]
+    kept = np.sort(order)
+    words = philox.philox(np, (kept.astype(np.uint64), position, 0, 0), key)
+    uniform = (words[0] + 0.5) * 2.0**-32
+    return int(kept[np.argmax(scores[kept] - np.log(-np.log(uniform)))])
+
+
+def _check(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    vocab = int(model.config.vocab_size or 0)
+    if not prompt:
+        raise CupytronError("the prompt is empty; give at least one character")
+    if min(prompt) < 0 or max(prompt) >= vocab:
+        raise CupytronError(f"the prompt holds token ids outside 0 ... {vocab - 1}")
+    if max_new_tokens < 0:
+        raise CupytronError(f"max_new_tokens={max_new_tokens} must be 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise CupytronError(f"temperature={temperature} must be 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise CupytronError(f"top_k={top_k} must be at least 1; leave it out to choose among all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise CupytronError(f"top_p={top_p} must be above 0 and at most 1")

@@ -1,0 +1,321 @@
+"""A whole run: train, evaluate, save, resume, stop when asked."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cupytron import checkpoint, process
+from cupytron.checkpoint import Checkpoint
+from cupytron.config import RunConfig
+from cupytron.data import Dataset, Loader, evaluation_batches, open_dataset
+from cupytron.errors import CheckpointError, ConfigError, CupytronError
+from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes
+from cupytron.run_folder import RunFolder
+from cupytron.trainer import NotFinite, Trainer
+
+REQUEUE = 75  # exit code: stopped by SIGTERM or SIGUSR1, saved, start me again (EX_TEMPFAIL)
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop. A second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not the main thread (a notebook's worker): signals stay as they are
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else REQUEUE
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended: 0 finished, 75 or 130 stopped by a signal and saved."""
+
+    exit_code: int
+    step: int
+    val_loss: float | None
+
+
+def train(
+    config: RunConfig,
+    out: str | Path,
+    environment: dict[str, Any],
+    resume: str = "auto",
+    init_from: str | Path | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Train until train.max_steps, from the newest whole checkpoint in `out` if there is one.
+
+    Args:
+        config: the run's settings; config.data.path names the data set.
+        out: the run's folder.
+        environment: process.prepare's record.
+        resume: "auto", or "never": refuse a folder that holds checkpoints.
+        init_from: a run whose best or last weights this one starts from.
+        quiet: print nothing.
+
+    Raises:
+        CupytronError, DataError: settings, data or checkpoints that cannot be used.
+        NotFinite: the loss is not finite; the last good checkpoint is named.
+    """
+    folder = RunFolder(out)
+    if config.data.path is None:
+        raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise CupytronError(f"{folder.path}: is a file; choose another --out")
+    if folder.steps() and resume == "never":
+        raise CupytronError(
+            f"{folder.path}: holds a run at step {folder.steps()[-1]}; choose another --out, "
+            "or --resume auto to go on with it"
+        )
+    dataset = open_dataset(config.data.path)
+    # the path is kept absolute: the run may be resumed from another working folder
+    settings = config.model_copy(
+        update={"data": config.data.model_copy(update={"path": str(dataset.path.resolve())})}
+    )
+    run = _Run(settings, folder, dataset, environment, Progress(config.train.max_steps, quiet))
+    try:
+        run.start(init_from)
+        return run.loop()
+    finally:
+        run.progress.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        dataset: Dataset,
+        environment: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.config, self.folder, self.dataset = config, folder, dataset
+        self.environment, self.progress = environment, progress
+        self.trainer = Trainer(config, dataset.vocab_size)
+        seq = config.train.sequence_length
+        self.loader = Loader(dataset.train, seq, config.train.seed)
+        self.speed = Speed(self.trainer.model.config, seq)
+        self.tokens = 0
+        self.elapsed = 0.0
+        self.val_loss: float | None = None  # of the current step, if it was evaluated
+        self.saved: int | None = None  # the step of the newest save
+        self.best = math.inf
+
+    def start(self, init_from: str | Path | None) -> None:
+        """Build or restore the state, and bring the folder in line with it."""
+        self.progress.line(process.describe(self.environment))
+        found = self.folder.newest(self._warn)
+        if found is None and self.folder.steps():
+            raise CheckpointError(
+                f"{self.folder.path}: none of its checkpoints is whole, so there is nothing to "
+                "resume; choose another --out"
+            )
+        source = self._init_source(init_from) if init_from and found is None else None
+        if found:
+            self._check_fits(found)
+        self.trainer.materialize()
+        if found:
+            self._restore(found)
+        elif source:
+            self.trainer.load(source, weights_only=True)
+            self.progress.line(f"weights from {source.folder}")
+        self.folder.create()
+        self.folder.set_aside_after(self.trainer.step if found else -1)
+        self.folder.write(self.folder.config, self.config.to_toml())
+        self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
+        if self.dataset.tokenizer:
+            content = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
+            self.folder.write(self.folder.tokenizer, content)
+        self.metrics = MetricsWriter(self.folder.open_metrics(self.trainer.step if found else -1))
+        model = self.trainer.model.config
+        self.progress.line(
+            f"{model.family}, {model.num_parameters():,} parameters; "
+            f"{self.dataset.train.num_tokens:,} training tokens, {self.config.tokens_per_step:,} "
+            f"a step, {self.loader.samples_per_epoch:,} sequences an epoch"
+        )
+
+    def _warn(self, text: str) -> None:
+        self.progress.line(f"warning: {text}")
+
+    def _init_source(self, path: str | Path) -> Checkpoint:
+        folder = RunFolder(path).require()
+        source = folder.best() or folder.newest(self._warn)
+        if source is None:
+            raise CheckpointError(f"{folder.path}: no whole checkpoint to take weights from")
+        return source
+
+    def _check_fits(self, found: Checkpoint) -> None:
+        """Refuse what cannot be resumed; warn of what changes the result."""
+        before, now = found.about["model"], self.trainer.model.config.model_dump()
+        # dropout and recompute change no tensor
+        free = {"dropout", "recompute", "init_std", "family"}
+        differ = [k for k in now if k not in free and before.get(k) != now[k]]
+        if differ:
+            lines = "; ".join(
+                f"model.{k}: {before.get(k)} in the run, {now[k]} asked for" for k in differ
+            )
+            raise ConfigError(
+                f"{self.folder.path} cannot be resumed: {lines}; choose another --out"
+            )
+        if found.about["data"]["tokenizer_hash"] != self.dataset.tokenizer_hash:
+            raise ConfigError(
+                f"{self.folder.path} was trained with another tokenizer than that of "
+                f"{self.dataset.path}; choose another --out, or the data set it was trained on"
+            )
+        if found.about["data"]["train_tokens"] != self.dataset.train.num_tokens:
+            self._warn("the data set has changed: samples will not be those of an unbroken run")
+        for line in _settings_changed(found.about["settings"], self.config.model_dump(mode="json")):
+            self._warn(f"setting changed: {line}")
+        for line in process.changes(found.about["environment"], self.environment):
+            self._warn(f"environment changed, so the last bits may differ: {line}")
+
+    def _restore(self, found: Checkpoint) -> None:
+        self.trainer.load(found)
+        self.trainer.step = found.step
+        self.trainer.position = int(found.about["position"])
+        self.tokens = int(found.about["tokens"])
+        self.elapsed = float(found.about["elapsed_seconds"])
+        self.val_loss = found.about["val_loss"]
+        self.saved = found.step
+        best = self.folder.best()
+        self.best = best.about["val_loss"] if best else math.inf
+        self.progress.line(f"resuming from {found.folder} at step {found.step}")
+
+    def loop(self) -> Outcome:
+        """Train to the end or to a signal."""
+        train = self.config.train
+        with StopRequest() as stop:
+            try:
+                if self.trainer.step == 0 and self.saved is None:
+                    self._evaluate()
+                while self.trainer.step < train.max_steps and stop.signal is None:
+                    self._step()
+                    self._after_step(stop)
+                if stop.signal is not None:
+                    self._save()
+                    name = signal.Signals(stop.signal).name
+                    self.progress.line(
+                        f"stopped by {name} at step {self.trainer.step}, saved; "
+                        "the same command goes on from here"
+                    )
+                elif self.saved == self.trainer.step:
+                    self.progress.line(
+                        f"done: {self.trainer.step} steps, run in {self.folder.path}"
+                    )
+            finally:
+                self.metrics.close()
+        return Outcome(stop.exit_code, self.trainer.step, self.val_loss)
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        inputs, targets = self.loader.batch(self.trainer.position, self.config.global_batch)
+        try:
+            result = self.trainer.train_step(inputs, targets)
+        except NotFinite as error:
+            last = self.folder.steps()
+            good = self.folder.place(last[-1]) if last else "none"
+            raise NotFinite(f"{error}; last good checkpoint: {good}") from None
+        seconds = time.monotonic() - began
+        self.val_loss = None
+        self.tokens += inputs.size
+        self.elapsed += seconds
+        self.speed.add(inputs.size, seconds)
+        record = {
+            "step": self.trainer.step,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_second": inputs.size / max(seconds, 1e-9),
+            "elapsed_seconds": self.elapsed,
+        }
+        self.metrics.write(record)
+        step, train = self.trainer.step, self.config.train
+        if step % train.log_interval == 0 or step in (1, train.max_steps):
+            memory = {"peak_memory_bytes": peak_memory_bytes()}
+            self.progress.step({**record, **self.speed.read(), **memory})
+
+    def _after_step(self, stop: StopRequest) -> None:
+        step, train, every = self.trainer.step, self.config.train, self.config.checkpoint.interval
+        last = step == train.max_steps
+        due = last or (every > 0 and step % every == 0)
+        if last or (train.eval_interval > 0 and step % train.eval_interval == 0):
+            self._evaluate()
+            # the best weights are kept, so they are saved when they are found
+            due |= self.val_loss is not None and self.val_loss < self.best
+        if due and stop.signal is None:
+            self._save()
+
+    def _evaluate(self) -> None:
+        if self.dataset.val.num_tokens < 2:
+            return
+        config = self.config.train
+        batches = evaluation_batches(self.dataset.val, config.sequence_length, config.micro_batch)
+        total, counted = self.trainer.evaluate(batches)
+        loss = total / counted
+        if not math.isfinite(loss):
+            raise NotFinite(f"step {self.trainer.step}: validation loss {loss} is not finite")
+        self.val_loss = loss
+        self.metrics.write({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
+        self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}")
+
+    def _save(self) -> None:
+        if self.saved == self.trainer.step:
+            return
+        self.metrics.flush()
+        about = {
+            "step": self.trainer.step,
+            "position": self.trainer.position,
+            "tokens": self.tokens,
+            "elapsed_seconds": self.elapsed,
+            "val_loss": self.val_loss,
+            "model": self.trainer.model.config.model_dump(mode="json"),
+            "settings": self.config.model_dump(mode="json"),
+            "data": {
+                "tokenizer_hash": self.dataset.tokenizer_hash,
+                "train_tokens": self.dataset.train.num_tokens,
+            },
+            "environment": self.environment,
+        }
+        checkpoint.write(self.folder.place(self.trainer.step), self.trainer.pieces(), about)
+        self.saved = self.trainer.step
+        if self.val_loss is not None:
+            self.best = min(self.best, self.val_loss)
+        self.folder.prune(self.config.checkpoint.keep)
+
+
+def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    quiet = {"data", "checkpoint", "parallel"}  # these change no number
+    lines = []
+    for section in now:
+        if section in quiet:
+            continue
+        for key, value in now[section].items():
+            old = before.get(section, {}).get(key)
+            if old != value and key not in ("log_interval", "eval_interval"):
+                lines.append(f"{section}.{key}: {old} before, {value} now")
+    return lines
