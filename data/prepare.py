@@ -1,0 +1,234 @@
+"""From sources to a prepared folder, in blocks: memory does not grow with the corpus."""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bpe import BPE_SIZES, train
+from .corpora import CORPORA, open_corpus
+from .dataset import Sidecar, is_prepared
+from .errors import DataError
+from .sources import Source, TokenFile, open_path
+from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, collect_characters, load_tokenizer
+from .writer import no_text, write_dataset
+
+_MAX_VOCAB_SIZE = 1 << 32
+# BPE counts words: this much text, spread over the corpus, is plenty
+_TRAINING_BYTES = 512 << 20
+# the tokenizers library holds 256 of these at a time
+_TRAINING_PIECE = 1 << 14
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        train, val: what train.json and val.json say.
+        notes: what the user should know, a line each.
+    """
+
+    path: Path
+    train: Sidecar
+    val: Sidecar
+    notes: list[str]
+
+
+def prepare_dataset(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    val_fraction: float = 0.1,
+    vocab_size: int | None = None,
+    text_field: str = "text",
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda message: None,
+) -> Prepared:
+    """Turn text into a folder of token files that `open_dataset` opens.
+
+    All tokens make one stream, with the tokenizer's separator (if it has one) between documents; its
+    last part is the validation split. The folder appears under its name when it is complete.
+
+    Args:
+        sources: files, folders, or names of corpora (see `corpora`).
+        tokenizer: "byte", "char", "bpe:SIZE" or a tokenizer file; None: bytes, or for .bin files with
+            `vocab_size` none at all.
+        val_fraction: part of the tokens, at least 0 and below 1.
+        vocab_size: of .bin files whose tokenizer is not known.
+        text_field: of .jsonl files.
+        overwrite: replace a prepared data set.
+        report: called with each step, for the user to see.
+
+    Raises:
+        DataError: a setting, source or tokenizer that cannot be used; nothing is left behind.
+    """
+    check_settings(tokenizer, val_fraction, vocab_size)
+    out = Path(os.path.realpath(out))
+    _check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # hidden, so that it is neither read as a source nor taken for a data set
+    work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
+    work.mkdir()
+    try:
+        opened, notes = _open_sources(sources, text_field, out, work)
+        choice = _tokenizer(tokenizer, vocab_size, opened, report)
+        new = work / "new"
+        new.mkdir()
+        names = [str(source) for source in sources]
+        size = choice.vocab_size if choice else vocab_size
+        assert size is not None
+        train, val = write_dataset(new, opened, choice, size, val_fraction, names, report)
+        notes += _notes(tokenizer, choice)
+        _check_output(out, overwrite)
+        _publish(new, out, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Prepared(out, train, val, notes)
+
+
+def check_settings(
+    tokenizer: str | Path | None, val_fraction: float, vocab_size: int | None
+) -> None:
+    """Raise a DataError for a setting that is wrong whatever the sources."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1, such as 0.1")
+    if vocab_size is not None and not 1 <= vocab_size <= _MAX_VOCAB_SIZE:
+        raise DataError(f"vocab_size={vocab_size} must be from 1 to {_MAX_VOCAB_SIZE}")
+    if vocab_size is not None and tokenizer is not None:
+        raise DataError(
+            f"vocab_size={vocab_size} and tokenizer={tokenizer} exclude each other: the tokenizer "
+            "says how many ids there are; leave one of them out"
+        )
+    if tokenizer in (None, "byte", "char"):
+        return
+    name = str(tokenizer)
+    if name.startswith("bpe:"):
+        if (
+            not re.fullmatch("bpe:[0-9]{1,9}", name)
+            or not BPE_SIZES[0] <= int(name[4:]) <= BPE_SIZES[1]
+        ):
+            raise DataError(
+                f"tokenizer={name}: SIZE must be a whole number from {BPE_SIZES[0]} (256 bytes and "
+                f"the separator) to {BPE_SIZES[1]}, such as bpe:4096"
+            )
+    elif not Path(name).is_file():
+        raise DataError(f"tokenizer={name} is neither byte, char, bpe:SIZE nor a file")
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: a file; choose a folder for the output")
+    if not any(out.iterdir()):
+        return
+    if not is_prepared(out):
+        raise DataError(f"{out}: holds other files than a prepared data set; choose another folder")
+    if not overwrite:
+        raise DataError(
+            f"{out}: holds a data set already; choose another folder or give --overwrite"
+        )
+
+
+def _open_sources(
+    sources: Sequence[str | Path], text_field: str, out: Path, work: Path
+) -> tuple[list[Source], list[str]]:
+    if not sources:
+        raise DataError(f"no sources given; name files, folders, or of {', '.join(CORPORA)}")
+    opened: list[Source] = []
+    notes = []
+    for source in sources:
+        if isinstance(source, str) and source in CORPORA:
+            opened += open_corpus(source, work)
+            if Path(source).exists():
+                notes.append(f"{source} is the named corpus; write ./{source} for the file")
+            continue
+        if not Path(source).exists() and os.path.basename(source) == str(source):
+            raise DataError(
+                f"{source}: no such file or folder; the named corpora are {', '.join(CORPORA)}"
+            )
+        found, skipped = open_path(Path(source), text_field, out)
+        opened += found
+        if skipped:
+            notes.append(str(skipped))
+    return opened, notes
+
+
+def _tokenizer(
+    name: str | Path | None,
+    vocab_size: int | None,
+    sources: list[Source],
+    report: Callable[[str], None],
+) -> Tokenizer | None:
+    """The tokenizer of that name, made from the sources where it depends on them."""
+    token_files = [source.name for source in sources if isinstance(source, TokenFile)]
+    if vocab_size is not None:
+        text = [source.name for source in sources if not isinstance(source, TokenFile)]
+        if text:
+            raise DataError(
+                f"{text[0]}: text needs a tokenizer; vocab_size={vocab_size} is for .bin files alone"
+            )
+        return None
+    is_file = name not in (None, "byte", "char") and not str(name).startswith("bpe:")
+    if token_files and not is_file:
+        raise DataError(
+            f"{token_files[0]}: a .bin file does not say what its token ids mean; give --vocab-size N, "
+            "or the tokenizer they were made with as --tokenizer FILE"
+        )
+    if is_file:
+        return load_tokenizer(str(name))
+    if name == "char":
+        report("collecting the characters")
+        return CharTokenizer(collect_characters(_texts(sources)) or no_text(sources))
+    if str(name).startswith("bpe:"):
+        report("training the tokenizer")
+        stride = 1 + sum(source.num_bytes for source in sources) // _TRAINING_BYTES
+        return train(_training_pieces(_texts(sources), stride), int(str(name)[4:]))
+    return ByteTokenizer()
+
+
+def _texts(sources: list[Source]) -> Iterator[str]:
+    for source in sources:
+        for part in source.parts():
+            assert part.text is not None
+            yield part.text
+
+
+def _training_pieces(texts: Iterable[str], stride: int) -> Iterator[str]:
+    number = 0
+    for text in texts:
+        for start in range(0, len(text), _TRAINING_PIECE):
+            if number % stride == 0:
+                yield text[start : start + _TRAINING_PIECE]
+            number += 1
+
+
+def _notes(name: str | Path | None, tokenizer: Tokenizer | None) -> list[str]:
+    if tokenizer is None:
+        return ["without a tokenizer, samples are token ids, and there are no bits per byte"]
+    if tokenizer.token_bytes is None:
+        return [
+            f"this {tokenizer.kind} tokenizer may not keep every character of a text (only byte-level "
+            "BPE does); the bytes of text are not counted"
+        ]
+    if str(name).startswith("bpe:") and tokenizer.vocab_size < int(str(name)[4:]):
+        return [f"the text is enough for a vocabulary of {tokenizer.vocab_size}, not of {name}"]
+    return []
+
+
+def _publish(new: Path, out: Path, work: Path) -> None:
+    """Give the finished folder its name; what was there is removed afterwards."""
+    old = work / "old"
+    if out.exists() and any(out.iterdir()):
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
