@@ -1,0 +1,128 @@
+"""`cupytron data prepare` and `cupytron data inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _WrongSetting(click.ClickException):
+    """A setting that is wrong whatever the sources: a usage error, in one line."""
+
+    exit_code = 2
+
+    def show(self, file: object = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Prepare and inspect token data sets."""
+
+
+@command.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--tokenizer",
+    metavar="byte|char|bpe:SIZE|FILE",
+    help="How text becomes token ids. FILE: a tokenizer.json of ours or of Hugging Face.  [default: byte]",
+)
+@click.option(
+    "--val-fraction",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Part of the tokens, at the end, that is kept for validation.",
+)
+@click.option(
+    "--vocab-size", type=int, help="Number of ids in nanoGPT .bin files; no tokenizer then."
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="The field of .jsonl files to read."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a prepared data set in --out.")
+def prepare(
+    sources: tuple[str, ...],
+    out: Path,
+    tokenizer: str | None,
+    val_fraction: float,
+    vocab_size: int | None,
+    text_field: str,
+    overwrite: bool,
+) -> None:
+    """Turn text into a folder of token ids.
+
+    A SOURCE is a UTF-8 text file, a folder of them, a .jsonl file, a .bin file of nanoGPT (uint16), or
+    a named corpus: python-docs, python-stdlib, shakespeare. Write ./NAME for a file with such a name.
+    """
+    from cupytron.data import DataError, prepare_dataset
+    from cupytron.data.prepare import check_settings
+
+    try:
+        check_settings(tokenizer, val_fraction, vocab_size)
+    except DataError as error:
+        raise _WrongSetting(str(error)) from error
+    result = prepare_dataset(
+        sources,
+        out,
+        tokenizer,
+        val_fraction,
+        vocab_size=vocab_size,
+        text_field=text_field,
+        overwrite=overwrite,
+        report=lambda step: click.echo(f"{step} ...", err=True),
+    )
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    train, val = result.train, result.val
+    kind = train.tokenizer or "no tokenizer"
+    click.echo(
+        f"{out}: {train.tokens:,} training and {val.tokens:,} validation tokens, "
+        f"vocabulary of {train.vocab_size:,} ({kind})"
+    )
+
+
+@command.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(folder: Path, as_json: bool) -> None:
+    """Check a data set and say what it holds."""
+    import json
+
+    from cupytron.data import describe_dataset
+
+    facts = describe_dataset(folder)
+    click.echo(json.dumps(facts, indent=2) if as_json else _format(facts))
+
+
+def _format(facts: dict[str, Any]) -> str:
+    tokenizer = facts["tokenizer"]
+    rows = {
+        "path": facts["path"],
+        "sources": ", ".join(facts["sources"]),
+        "train": _format_split(facts["train"]),
+        "val": _format_split(facts["val"]),
+        "vocabulary": f"{facts['vocab_size']:,} ids, {facts['dtype']}",
+        "separator": "none" if facts["separator"] is None else f"id {facts['separator']}",
+        "tokenizer": f"{tokenizer} ({facts['tokenizer_hash'][:16]})" if tokenizer else "none",
+        "SHA-256": facts["sha256"],
+    }
+    lines = [f"{name:<12}{value}" for name, value in rows.items()]
+    if facts["excerpt"] is not None:
+        lines += ["excerpt", *(f"  {line}" for line in _printable(facts["excerpt"]).splitlines())]
+    return "\n".join(lines)
+
+
+def _format_split(split: dict[str, Any]) -> str:
+    text = f"{split['tokens']:,} tokens"
+    if split["bytes_per_token"] is None:
+        return text
+    return (
+        f"{text}, {split['bytes']:,} bytes of text, {split['bytes_per_token']:.2f} bytes per token"
+    )
+
+
+def _printable(text: str) -> str:
+    # a text may hold the codes that move a terminal's cursor or change its title
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
