@@ -21,8 +21,11 @@ from .tokenizers import MAX_VOCAB_SIZE, SEPARATOR_TEXT, StreamDecoder, Tokenizer
 _SEPARATORS = (SEPARATOR_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 BPE_SIZES = (257, 1 << 20)  # the smallest is 256 bytes and the separator
 _LONGEST_CHARACTER = 8  # tokens
-_PIECE = 1 << 15  # characters
-_LONGEST_PIECE = 1 << 20
+_PIECE = 1 << 13  # characters
+_LONGEST_PIECE = 1 << 16
+# white space after a letter or digit, or after anything else but white space
+_AFTER_WORD = re.compile(r"[ \n](?<=[^\W_][ \n])")
+_AFTER_ANY = re.compile(r"[ \n](?<=\S[ \n])")
 
 
 class LibraryTokenizer(Tokenizer):
@@ -65,21 +68,23 @@ class LibraryTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             to_utf8(text)
-        with self._guard():
-            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-            ids = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        ids = self._encode(list(texts))
         if self.separator is None or not any((i == self.separator).any() for i in ids):
             return ids
         return [self._without_separator(text) for text in texts]
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        with self._guard():
+            # "fast" leaves out the characters that each id came from
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def _without_separator(self, text: str) -> np.ndarray:
         """The ids of a text whose words this model's vocabulary takes for the separator."""
         assert self._separator_text is not None
         start, end = map(re.escape, (self._separator_text[:2], self._separator_text[2:]))
         parts = re.split(f"(?<={start})(?={end})", text)
-        with self._guard():
-            encodings = self._tokenizer.encode_batch(parts, add_special_tokens=False)
-        ids = np.array([i for encoding in encodings for i in encoding.ids], np.uint32)
+        ids = np.concatenate(self._encode(parts))
         if (ids == self.separator).any():
             raise DataError(
                 f"{self._where}: the tokenizer encodes text to its separator "
@@ -88,26 +93,7 @@ class LibraryTokenizer(Tokenizer):
         return ids
 
     def cut(self, texts: Iterable[str]) -> Iterator[str]:
-        """Cut between a letter or digit and the white space after it.
-
-        The library takes many times the memory of a text to encode it, so long documents are cut.
-        GPT-2's pattern and its successors always split a text there, so that the ids stay the same.
-        """
-        pending, start = "", 0
-        for text in texts:
-            pending, start = pending[start:] + text, 0
-            while len(pending) - start > _PIECE:
-                end = _boundary(pending, start + 1, start + _PIECE)
-                if end < 0:
-                    if len(pending) - start <= _LONGEST_PIECE:
-                        break
-                    end = _boundary(pending, start + 1, start + _LONGEST_PIECE)
-                if end < 0:
-                    end = start + _LONGEST_PIECE
-                yield pending[start:end]
-                start = end
-        if len(pending) > start:
-            yield pending[start:]
+        return cut(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         if self.token_bytes is not None:
@@ -159,11 +145,34 @@ class _WindowDecoder(StreamDecoder):
         return self._tokenizer.decode(self._ids)[len(before) :]
 
 
+def cut(texts: Iterable[str]) -> Iterator[str]:
+    """Regroup the blocks of a document into pieces, cut between a letter or digit and white space.
+
+    The library takes many times the memory of a text to encode it, and more time for long ones.
+    GPT-2's pattern and its successors always split a text there, so that the ids stay the same. In a
+    text that has no such place for long, the cut may change the ids of the word it goes through.
+    """
+    pending, start = "", 0
+    for text in texts:
+        pending, start = pending[start:] + text, 0
+        while len(pending) - start > _PIECE:
+            limit = start + _LONGEST_PIECE
+            boundary = _AFTER_WORD.search(pending, start + _PIECE, limit)
+            if boundary is None and len(pending) <= limit:
+                break
+            boundary = boundary or _AFTER_ANY.search(pending, start + _PIECE, limit)
+            end = boundary.start() if boundary else limit
+            yield pending[start:end]
+            start = end
+    if len(pending) > start:
+        yield pending[start:]
+
+
 def train(texts: Iterable[str], size: int) -> LibraryTokenizer:
     """Train byte-level BPE; the same texts give the same tokenizer.
 
     Args:
-        texts: pieces of text, consumed once.
+        texts: pieces of text as `cut` makes them (the library holds 256 at a time), consumed once.
         size: ids wanted, in BPE_SIZES, with the 256 bytes and the separator; a small corpus gives fewer.
 
     Raises:
@@ -194,20 +203,6 @@ def _library() -> Any:
             "pip install 'cupytron[bpe]', or use --tokenizer byte or char"
         ) from error
     return tokenizers
-
-
-def _boundary(text: str, start: int, end: int) -> int:
-    """The last index in [start, end) of white space that follows a letter or digit, or -1.
-
-    Only spaces, or else line ends: these split a text in every pattern in use, whatever surrounds them.
-    """
-    for space in " \n":
-        at = text.rfind(space, start, end)
-        while at >= 0 and not text[at - 1].isalnum():
-            at = text.rfind(space, start, at)
-        if at >= 0:
-            return at
-    return -1
 
 
 def _byte_level(

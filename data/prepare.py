@@ -1,26 +1,25 @@
 """From sources to a prepared folder, in blocks: memory does not grow with the corpus."""
 
+import itertools
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bpe import BPE_SIZES, train
+from .bpe import BPE_SIZES, cut, train
 from .corpora import CORPORA, open_corpus
 from .dataset import Sidecar, is_prepared
 from .errors import DataError
-from .sources import Source, TokenFile, open_path
+from .sources import Part, Source, TokenFile, documents, open_path
 from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, collect_characters, load_tokenizer
 from .writer import no_text, write_dataset
 
 _MAX_VOCAB_SIZE = 1 << 32
-# BPE counts words: this much text, spread over the corpus, is plenty
-_TRAINING_BYTES = 512 << 20
-# the tokenizers library holds 256 of these at a time
-_TRAINING_PIECE = 1 << 14
+# BPE training keeps every distinct word, so it sees about this much text, spread over the corpus
+_TRAINING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -184,28 +183,20 @@ def _tokenizer(
         return load_tokenizer(str(name))
     if name == "char":
         report("collecting the characters")
-        return CharTokenizer(collect_characters(_texts(sources)) or no_text(sources))
+        return CharTokenizer(
+            collect_characters(part.text or "" for part in _parts(sources)) or no_text(sources)
+        )
     if str(name).startswith("bpe:"):
         report("training the tokenizer")
         stride = 1 + sum(source.num_bytes for source in sources) // _TRAINING_BYTES
-        return train(_training_pieces(_texts(sources), stride), int(str(name)[4:]))
+        pieces = itertools.chain.from_iterable(map(cut, documents(_parts(sources))))
+        return train(itertools.islice(pieces, 0, None, stride), int(str(name)[4:]))
     return ByteTokenizer()
 
 
-def _texts(sources: list[Source]) -> Iterator[str]:
+def _parts(sources: list[Source]) -> Iterator[Part]:
     for source in sources:
-        for part in source.parts():
-            assert part.text is not None
-            yield part.text
-
-
-def _training_pieces(texts: Iterable[str], stride: int) -> Iterator[str]:
-    number = 0
-    for text in texts:
-        for start in range(0, len(text), _TRAINING_PIECE):
-            if number % stride == 0:
-                yield text[start : start + _TRAINING_PIECE]
-            number += 1
+        yield from source.parts()
 
 
 def _notes(name: str | Path | None, tokenizer: Tokenizer | None) -> list[str]:

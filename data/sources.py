@@ -5,6 +5,7 @@ ends and byte order marks too).
 """
 
 import codecs
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -125,6 +126,19 @@ class TokenFile:
             while block := file.read(BLOCK_BYTES):
                 yield Part(first, None, np.frombuffer(block, "<u2"))
                 first = False
+
+
+def documents(parts: Iterable[Part]) -> Iterator[Iterator[str]]:
+    """The texts of each document; each is to be read before the next is asked for."""
+    number = 0
+
+    def document(part: Part) -> int:
+        nonlocal number
+        number += part.first
+        return number
+
+    for _, group in itertools.groupby(parts, document):
+        yield (part.text for part in group if part.text is not None)
 
 
 @dataclass(frozen=True)

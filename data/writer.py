@@ -12,10 +12,11 @@ import numpy as np
 
 from .dataset import FORMAT, Sidecar, check_ids, read_blocks
 from .errors import DataError
-from .sources import BLOCK_BYTES, Part, Source, TokenFile
+from .sources import BLOCK_BYTES, Part, Source, TokenFile, documents
 from .tokenizers import Tokenizer
 
 _BATCH_PIECES = 4096
+_BATCH_CHARACTERS = 1 << 18
 
 
 def write_dataset(
@@ -119,32 +120,21 @@ def _encode(
 
 def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
     """Each document cut where the tokenizer wants it."""
-    for _, document in itertools.groupby(parts, _Numbering()):
+    for document in documents(parts):
         first = True
-        for text in tokenizer.cut(part.text or "" for part in document):
+        for text in tokenizer.cut(document):
             yield first, text
             first = False
 
 
-class _Numbering:
-    """The number of the document that a part belongs to, for `groupby`."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def __call__(self, part: Part) -> int:
-        self._number += part.first
-        return self._number
-
-
 def _batches(pieces: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Groups of pieces, of about a block of text: a library with threads encodes a group at once."""
+    """Groups of pieces: the tokenizers library encodes those of a group at once, on threads."""
     batch: list[tuple[bool, str]] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
-        if size >= BLOCK_BYTES or len(batch) == _BATCH_PIECES:
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
             yield batch
             batch, size = [], 0
     if batch:

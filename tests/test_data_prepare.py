@@ -342,18 +342,28 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_memory_does_not_grow_with_the_corpus(here):
-    """Ten times the text, for the same peak within a few MiB."""
+def test_bpe_training_sees_a_sample_of_a_large_corpus(here, monkeypatch):
+    write(here / "a.txt", "".join(f"word{i} " for i in range(20_000)))
+    whole = prepare_dataset(["a.txt"], "whole", "bpe:400")
+    monkeypatch.setattr("cupytron.data.prepare._TRAINING_BYTES", 30_000)
+    sample = prepare_dataset(["a.txt"], "sample", "bpe:400")
+    assert sample.train.tokenizer_hash != whole.train.tokenizer_hash
+    text = (here / "a.txt").read_text()
+    assert open_dataset("sample").tokenizer.decode(stream("sample")) == text
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "sizes"), [("byte", (6, 60)), ("char", (6, 60)), ("bpe:300", (1, 6))]
+)
+def test_memory_does_not_grow_with_the_corpus(here, tokenizer, sizes):
+    """Six or ten times the text, for the same peak within a few MiB (sizes in MiB)."""
     line = "The quick brown fox jumps over the lazy dog; na\u00efve caf\u00e9.\n".encode()
-    peaks = {}
-    for size in (6, 60):
+    peaks = []
+    for size in sizes:
         with open("text.txt", "wb") as file:
             for _ in range(size):
                 file.write(line * ((1 << 20) // len(line)))
-        for tokenizer in ("byte", "char"):
-            out = f"{tokenizer}{size}"
-            command = [sys.executable, "-c", PEAK, "text.txt", out, tokenizer]
-            result = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks[tokenizer, size] = int(result.stdout) * 1024
-    for tokenizer in ("byte", "char"):
-        assert peaks[tokenizer, 60] - peaks[tokenizer, 6] < 16 << 20, peaks
+        command = [sys.executable, "-c", PEAK, "text.txt", f"out{size}", tokenizer]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(result.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 16 << 20, peaks

@@ -145,9 +145,13 @@ def test_bpe_cut_pieces_have_the_ids_of_the_whole(bpe):
     assert "".join(pieces) == text and len(pieces) > 5
     ids = [i for piece in pieces for i in bpe.encode(piece)]
     assert ids == bpe.encode(text)
+    # only white space after punctuation: GPT-2's pattern splits there too
+    text = "\u6f22\u5b57\u3002\n" * 30_000
+    pieces = list(bpe.cut([text]))
+    assert len(pieces) > 1 and [i for p in pieces for i in bpe.encode(p)] == bpe.encode(text)
     # nowhere to cut: still all of it, in pieces
-    pieces = list(bpe.cut(["-" * 700_000] * 4))
-    assert sum(map(len, pieces)) == 2_800_000 and max(map(len, pieces)) <= 1 << 20
+    pieces = list(bpe.cut(["-" * 70_000] * 4))
+    assert "".join(pieces) == "-" * 280_000 and max(map(len, pieces)) <= 1 << 16
 
 
 def test_save_and_load_keep_hash_and_ids(tmp_path, bpe):
@@ -255,7 +259,7 @@ def test_panics_while_encoding_are_errors(bpe):
         pass
 
     class Library:
-        def encode_batch(self, *_, **__):
+        def encode_batch_fast(self, *_, **__):
             raise Panic("index out of bounds\nsecond line")
 
     tokenizer = LibraryTokenizer(bpe.content, "file.json")
