@@ -46,6 +46,8 @@ def write_dataset(
             "give more text or a smaller fraction"
         )
     _move_tail(train_path, val_path, num_train * np.dtype(dtype).itemsize)
+    if tokenizer:
+        tokenizer.save(folder / "tokenizer.json")
     report("counting")
     lengths = tokenizer.text_lengths() if tokenizer else None
     sidecars = []
@@ -65,8 +67,6 @@ def write_dataset(
         )
         sidecar.write(path.with_suffix(".json"))
         sidecars.append(sidecar)
-    if tokenizer:
-        tokenizer.save(folder / "tokenizer.json")
     return sidecars[0], sidecars[1]
 
 
