@@ -147,7 +147,7 @@ class _Run:
         self.folder.set_aside_after(self.trainer.step if found else -1)
         self.folder.write(self.folder.config, self.config.to_toml())
         self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
-        if self.dataset.tokenizer:
+        if self.dataset.tokenizer_hash:
             content = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
             self.folder.write(self.folder.tokenizer, content)
         self.metrics = MetricsWriter(self.folder.open_metrics(self.trainer.step if found else -1))

@@ -219,7 +219,5 @@ def test_backward_in_the_wrong_order_is_named(rng):
     model = small_model(rng)
     stash = Stash(MicroBatch(B, 24))
     model.forward(rng.integers(0, 37, B * 24), stash)
-    with pytest.raises(
-        RuntimeError, match="found values saved by Head head"
-    ):
+    with pytest.raises(RuntimeError, match="found values saved by Head head"):
         model.blocks[0].mlp.backward(np.zeros((B * 24, 16)), stash)

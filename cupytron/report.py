@@ -1,0 +1,285 @@
+"""A run as one self-contained HTML page, as a picture, and as a curve in the terminal."""
+
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cupytron import chart, report_page
+from cupytron.chart import Point
+from cupytron.errors import CupytronError
+from cupytron.run_folder import RunFolder
+
+Record = Mapping[str, Any]
+
+
+@dataclass
+class Report:
+    """What is known about a run; anything but the curves may be missing.
+
+    Attributes:
+        title: name of the run's folder.
+        curves: points by step of every number in metrics.jsonl, by its key.
+        settings: sections of config.toml. environment: flat list of names and values.
+        sample: text that the model wrote; parameters: their number.
+        notes: what the reader should know about the data.
+    """
+
+    title: str
+    curves: dict[str, list[Point]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: list[tuple[str, str]] = field(default_factory=list)
+    sample: str | None = None
+    parameters: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def curve(self, key: str) -> list[Point]:
+        """Finite points of one number, by step; empty if it was never recorded."""
+        return self.curves.get(key, [])
+
+
+def curves(records: Iterable[Record]) -> tuple[dict[str, list[Point]], int]:
+    """Points by step of every number, and how many losses were not finite.
+
+    A run that was killed and resumed may tell a step twice: the later record counts.
+    """
+    found: dict[str, dict[int, Any]] = {}
+    for record in records:
+        step = record.get("step")
+        if isinstance(step, int) and not isinstance(step, bool):
+            for key, value in record.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(key, {})[step] = value
+    points = {key: chart.finite(sorted(values.items())) for key, values in found.items()}
+    losses = ("loss", "val_loss")
+    lost = sum(len(found[key]) - len(points[key]) for key in losses if key in found)
+    return {key: values for key, values in points.items() if values}, lost
+
+
+def read_report(path: str | Path, sample: bool = True) -> Report:
+    """Everything that the page shows.
+
+    Args:
+        path: a run's folder.
+        sample: whether the model may be asked for a text, if RUN/sample.txt has none.
+
+    Raises:
+        CupytronError: the folder is not a run's, or has no metrics yet.
+    """
+    run = RunFolder(path).require()
+    found, lost = curves(run.read_metrics())
+    if "loss" not in found and "val_loss" not in found:
+        raise CupytronError(
+            f"{run.metrics}: holds no loss yet, so there is nothing to report; "
+            f"go on with `cupytron train --out {path}`"
+        )
+    report = Report(title=run.path.resolve().name, curves=found)
+    if lost:
+        report.notes.append(
+            f"{lost} {'loss was' if lost == 1 else 'losses were'} not finite and left out."
+        )
+    try:
+        report.settings = tomllib.loads(run.config.read_text(encoding="utf-8"))
+    except (ValueError, OSError):  # of tomllib and of decoding
+        report.notes.append("config.toml could not be read.")
+    try:
+        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+        report.environment = list(flatten(environment))
+    except (ValueError, OSError):
+        report.notes.append("environment.json could not be read.")
+    report.parameters = _count_parameters(run.config)
+    report.sample = _sample(run, sample)
+    return report
+
+
+def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested JSON as (dotted name, text) pairs."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix or "value", show(value)
+
+
+def show(value: Any) -> str:
+    """A setting's value as TOML writes it, but strings without quotes."""
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _count_parameters(config: Path) -> int | None:
+    from cupytron.config import load_config, resolve_model
+
+    try:
+        run = load_config(file=config)
+        return resolve_model(run.model, None, run.train.sequence_length).num_parameters()
+    except CupytronError:
+        return None  # a run of another version, say; the rest of the page stands
+
+
+def _sample(run: RunFolder, generate: bool) -> str | None:
+    try:
+        text = (run.path / "sample.txt").read_text(encoding="utf-8", errors="replace").strip("\n")
+    except OSError:
+        text = ""
+    if text or not generate:
+        return text or None
+    import cupytron
+
+    try:
+        pieces = cupytron.load(run.path).generate("\n", max_new_tokens=300, temperature=0.8, seed=1)
+        return "".join(pieces).strip("\n") or None
+    except (CupytronError, OSError):
+        return None  # no checkpoint yet, or none that is whole
+
+
+# figures
+
+
+def key_figures(report: Report) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the few numbers that a reader looks for first."""
+    figures = []
+    if val := report.curve("val_loss"):
+        step, best = min(val, key=lambda p: p[1])
+        figures.append(("Best validation loss", f"{best:.4f}", f"at step {step:,.0f}"))
+        if best < 50:
+            figures.append(("Perplexity", f"{math.exp(best):,.2f}", "at that step"))
+    if loss := chart.smooth(report.curve("loss")):
+        window = report.curve("loss")[-max(1, len(loss) // 20) :]
+        mean = statistics.fmean(y for _, y in window)
+        figures.append(("Training loss", f"{mean:.4f}", f"over the last {len(window)} records"))
+    if speed := report.curve("tokens_per_second"):
+        median = statistics.median(y for _, y in speed)
+        figures.append(("Tokens a second", f"{median:,.0f}", "median"))
+    if tokens := report.curve("tokens"):
+        figures.append(("Tokens", short(tokens[-1][1]), f"{tokens[-1][1]:,.0f}"))
+    if report.parameters is not None:
+        figures.append(("Parameters", short(report.parameters), f"{report.parameters:,}"))
+    if elapsed := report.curve("elapsed_seconds"):
+        figures.append(("Time", duration(elapsed[-1][1]), "at the last record"))
+    return figures
+
+
+def short(number: float) -> str:
+    """About three digits and a unit: 804 k, 1.54 M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 41 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def write_html(report: Report, out: str | Path) -> None:
+    """Write the page; everything that is not our own text is escaped."""
+    page = report_page.page(
+        report.title, _subtitle(report), key_figures(report), report.notes, _body(report)
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _subtitle(report: Report) -> str:
+    last = max(points[-1][0] for points in report.curves.values())
+    train = report.settings.get("train", {})
+    steps = train.get("max_steps") if isinstance(train, Mapping) else None
+    return f"step {last:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) else "")
+
+
+def _body(report: Report) -> Iterable[str]:
+    loss, val = report.curve("loss"), report.curve("val_loss")
+    smoothed = chart.smooth(loss)
+    # a short run's line is not worth smoothing away
+    lines = [
+        chart.Series("each record", loss, "raw"),
+        chart.Series("training", smoothed, "train"),
+        chart.Series("validation", val, "val", marks=True),
+    ]
+    shown = [(s.style, s.name) for s in lines if s.points]
+    yield report_page.figure(
+        "Loss", chart.svg(lines, "Training and validation loss by step", "loss"), shown
+    )
+    small = []
+    for key, title in (
+        ("lr", "Learning rate"),
+        ("grad_norm", "Gradient norm"),
+        ("tokens_per_second", "Tokens a second"),
+    ):
+        series = [chart.Series(title, report.curve(key), "train")]
+        if drawing := chart.svg(series, f"{title} by step", key, 290, 170):
+            small.append(report_page.figure(title, drawing, []))
+    yield report_page.row(small)
+    if report.sample:
+        yield report_page.sample(report.sample)
+    sections = {
+        name: [(key, show(value)) for key, value in section.items()]
+        for name, section in report.settings.items()
+        if isinstance(section, Mapping) and section
+    }
+    yield report_page.tables("Settings", sections)
+    yield report_page.tables("Environment", {"": report.environment} if report.environment else {})
+
+
+def write_png(report: Report, out: str | Path) -> None:
+    """Draw the loss curves with matplotlib.
+
+    Raises:
+        CupytronError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: it looks for a display
+    except ImportError as error:
+        raise CupytronError(
+            "--png needs matplotlib, which is not installed; run: pip install 'cupytron[plot]'"
+        ) from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    loss, val = report.curve("loss"), report.curve("val_loss")
+    if loss:
+        axes.plot(*zip(*loss, strict=True), color="#2a6fb0", alpha=0.25, linewidth=1)
+        smoothed = zip(*chart.smooth(loss), strict=True)
+        axes.plot(
+            *smoothed, color="#2a6fb0", label="training", marker="." if len(loss) == 1 else ""
+        )
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#b8500f", label="validation", marker=".")
+    axes.set(xlabel="step", ylabel="loss", title=report.title)
+    axes.set_ylim(*chart.bounds([y for _, y in (*loss, *val)]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+
+
+def loss_curve_text(records: Sequence[Record], width: int = 60, height: int = 12) -> str:
+    """The loss curves in ASCII, for a terminal.
+
+    Args:
+        records: of metrics.jsonl.
+        width, height: of the plot in characters, without axes.
+    """
+    found, _ = curves(records)
+    loss, val = found.get("loss", []), found.get("val_loss", [])
+    if not loss and not val:
+        return "no loss recorded"
+    names = [name for name, points in (("* training", loss), ("o validation", val)) if points]
+    picture = chart.text_chart([("*", loss), ("o", val)], width, height)
+    return f"loss: {', '.join(names)}\n{picture}"
+
+
+__all__ = ["Report", "escape", "loss_curve_text", "read_report", "write_html", "write_png"]
