@@ -113,7 +113,7 @@ def _apply_range(
         grad[s] = 0
         optimizer.update(w[s], g, tuple(array[s] for array in state), lr, step, decay)
 
-    backend.for_slices(backend.array_module(w), body, part.stop - part.start, backend.BLOCK // 2)
+    backend.for_slices(backend.array_module(w), body, part.stop - part.start, backend.BLOCK)
 
 
 def global_norm(buckets: Iterable[Bucket]) -> float:

@@ -54,14 +54,11 @@ def prepare(
     if kernel:
         os.environ["OPENBLAS_CORETYPE"] = kernel
     if early:
-        # our own workers share out the products (docs/decisions/0002-own-threads.md)
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-            os.environ[name] = "1"
+            os.environ[name] = str(count)
+    else:
+        count = _limit_blas(count)
     kept = malloc and keep_freed_pages()
-
-    from cupytron import backend
-
-    backend.set_threads(count)
     return {
         "threads": count,
         "cores": cores,
@@ -115,6 +112,16 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _limit_blas(count: int) -> int:
+    """Set the threads of a BLAS that is loaded already; returns how many it took."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    threadpool_limits(count, user_api="blas")
+    return max(
+        (p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"), default=count
+    )
 
 
 def _has_avx512() -> bool:

@@ -173,11 +173,11 @@ class _Run:
         before, now = found.about["model"], self.trainer.model.config.model_dump()
         # dropout and recompute change no tensor
         free = {"dropout", "recompute", "init_std", "family"}
-        differ = [k for k in now if k not in free and before.get(k) != now[k]]
-        if differ:
-            lines = "; ".join(
-                f"model.{k}: {before.get(k)} in the run, {now[k]} asked for" for k in differ
-            )
+        pairs = [(f"model.{k}", before.get(k), now[k]) for k in now if k not in free]
+        optimizer = found.about["settings"]["optim"]["name"]
+        pairs.append(("optim.name", optimizer, self.config.optim.name))
+        lines = "; ".join(f"{k}: {a} in the run, {b} asked for" for k, a, b in pairs if a != b)
+        if lines:
             raise ConfigError(
                 f"{self.folder.path} cannot be resumed: {lines}; choose another --out"
             )

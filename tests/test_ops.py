@@ -5,20 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from cupytron import backend, ops
+from cupytron import ops
 from cupytron.ops import philox
 from cupytron.ops.activation import erf
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = backend.threads()
-    backend.set_threads(request.param)
-    yield request.param
-    backend.set_threads(before)
-
-
-def test_matmul_and_linear_are_products(rng, threads):
+def test_matmul_and_linear_are_products(rng):
     for m, k, n in ((1, 1, 1), (5, 3, 2), (300, 70, 129), (1100, 40, 60)):
         a, b, bias = rng.normal(size=(m, k)), rng.normal(size=(k, n)), rng.normal(size=n)
         np.testing.assert_allclose(ops.matmul(a, b), a @ b, rtol=1e-12, atol=1e-12)
@@ -37,7 +29,7 @@ def test_matmul_writes_where_it_is_told(rng):
     np.testing.assert_allclose(out, a @ b)
 
 
-def test_norms(rng, threads):
+def test_norms(rng):
     # enough rows for several slices
     x = rng.normal(size=(3000, 33)) * 3 + 1
     weight, bias = rng.normal(size=33), rng.normal(size=33)
@@ -59,14 +51,14 @@ def test_eps_counts_for_rows_of_zeros():
         np.testing.assert_allclose(rstd, 1 / math.sqrt(1e-5))
 
 
-def test_activations(rng, threads):
+def test_activations(rng):
     x = rng.normal(size=(700, 150)) * 4
     x[0, :3] = (0.0, 40.0, -40.0)
     tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     exact = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    np.testing.assert_allclose(ops.gelu(x)[0], tanh, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(ops.gelu_exact(x)[0], exact, rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(ops.relu(x)[0], np.maximum(x, 0))
+    np.testing.assert_allclose(ops.gelu(x.copy())[0], tanh, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(ops.gelu_exact(x.copy())[0], exact, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(ops.relu(x.copy())[0], np.maximum(x, 0))
     gate, up = x, rng.normal(size=x.shape)
     with np.errstate(over="ignore"):
         silu = gate / (1 + np.exp(-gate))
@@ -85,10 +77,10 @@ def test_activations_do_not_overflow_in_float32(bad):
     with np.errstate(all="raise", under="ignore"):
         assert np.isfinite(ops.swiglu(x, x)).all()
         assert all(np.isfinite(g).all() for g in ops.swiglu_backward(x * 0 + 1, x, x))
-        assert np.isfinite(ops.gelu(x)[0]).all()
+        assert np.isfinite(ops.gelu(x.copy())[0]).all()
 
 
-def test_cross_entropy_and_its_gradient(rng, threads):
+def test_cross_entropy_and_its_gradient(rng):
     logits, targets = rng.normal(size=(900, 130)) * 5, rng.integers(0, 130, 900)
     targets[::7] = ops.IGNORE
     counted = targets != ops.IGNORE

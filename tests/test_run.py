@@ -50,12 +50,8 @@ def test_training_is_the_same_again_and_differs_by_seed(data, tmp_path):
     assert digest(tmp_path / "a")["all"] != digest(tmp_path / "c")["all"]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, optimizer, threads):
-    from cupytron import backend
-
-    backend.set_threads(threads)
+def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, optimizer):
     settings = [f"optim.name={optimizer}", "model.dropout=0.2"]
     run_here(data, tmp_path / "whole", *settings)
     for stop in (3, 7, 8):
@@ -74,7 +70,6 @@ def test_a_resumed_run_ends_with_the_same_bits(data, tmp_path, optimizer, thread
             for o in (out, tmp_path / "whole")
         ]
         assert losses[0] == losses[1]
-    backend.set_threads(1)
 
 
 def test_resuming_passes_over_a_damaged_checkpoint(data, tmp_path):

@@ -6,14 +6,19 @@ the probabilities again from these.
 Reference: Dao et al. 2022, "FlashAttention", arXiv:2205.14135 (sections 3.1 and B).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cupytron import backend
 from cupytron.ops import philox
 
 QUERY_BLOCK = 64
+_SAFE = 40.0  # exp(40) and sums of many of it are far from float32's largest number
+_SMALLEST_SUM = math.exp(-_SAFE)
 
 
 class AttentionDropout(NamedTuple):
@@ -27,7 +32,7 @@ class AttentionDropout(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """A part of the batch and of the KV heads: what one thread works on at a time."""
+    """A part of the batch and of the KV heads, small enough for the cache."""
 
     batch: slice
     heads: slice
@@ -44,24 +49,20 @@ def attention(q: Any, k: Any, v: Any, dropout: AttentionDropout | None = None) -
     batch, seq, kv_heads, group, _ = q.shape
     o = xp.empty(q.shape, dtype=q.dtype)
     lse = xp.empty((batch, kv_heads, group, seq), dtype=q.dtype)
-    tasks = _tasks(q, k)
 
-    def body(i: int) -> None:
-        b, n = tasks[i]
+    for task in _tasks(q, k):
+        b, n = task
+        keys_t = _transposed(xp, k, task)
         for queries, keys in _query_blocks(seq, k.shape[1]):
-            s, peak = _scores(xp, q, k, tasks[i], queries, keys)
-            s -= peak
-            xp.exp(s, out=s)
-            # normalising the small output, not the probabilities, saves a pass over s
-            total = xp.einsum("...j->...", s)[..., None]
+            s = _scores(xp, q, keys_t, task, queries, keys)
+            s, peak, total = _exponentials(xp, s)
             if dropout:
-                s *= _mask(xp, dropout, tasks[i], queries, seq, s)
+                s *= _mask(xp, dropout, task, queries, seq, s)
+            # normalising the small output, not the probabilities, saves a pass over s
             out = _heads_first(o, b, queries, n)
             xp.matmul(s, _values(v, b, keys, n), out=out)
             out /= total
             lse[b, n, :, queries] = (peak + xp.log(total))[..., 0]
-
-    backend.for_tasks(xp, body, len(tasks))
     return o, lse
 
 
@@ -83,47 +84,46 @@ def attention_backward(
     seq = q.shape[1]
     scale = 1 / math.sqrt(q.shape[-1])
     dq, dk, dv = out
-    tasks = _tasks(q, k)
 
-    def body(i: int) -> None:
-        b, n = tasks[i]
-        # the last block of queries sees every key: it writes, the others add
-        for queries, keys in reversed(list(_query_blocks(seq, seq))):
-            p, _ = _scores(xp, q, k, tasks[i], queries, keys, need_peak=False)
+    for task in _tasks(q, k):
+        b, n = task
+        keys_t, values_t = _transposed(xp, k, task), _transposed(xp, v, task)
+        # sums over the blocks of queries, (B, N_kv, S, H)
+        dk_sum = xp.zeros(k[b, :, n].swapaxes(1, 2).shape, q.dtype)
+        dv_sum = xp.zeros_like(dk_sum)
+        for queries, keys in _query_blocks(seq, seq):
+            p = _scores(xp, q, keys_t, task, queries, keys)
             p -= lse[b, n, :, queries, None]
             xp.exp(p, out=p)
             d_out = _heads_first(do, b, queries, n)
             # sum_j p_j dp_j of each query is what the softmax's Jacobian takes away
             along = xp.einsum("...h,...h->...", d_out, _heads_first(o, b, queries, n))[..., None]
-            dp = xp.matmul(d_out, _values(v, b, keys, n).swapaxes(-1, -2))
+            dp = xp.matmul(d_out, values_t[..., keys])
+            dropped = p
             if dropout:
-                mask = _mask(xp, dropout, tasks[i], queries, seq, p)
-                dp *= mask
-                mask *= p
-                _add_to(xp, dv, mask, d_out, b, keys, n, last=queries.stop == seq)
-            else:
-                _add_to(xp, dv, p, d_out, b, keys, n, last=queries.stop == seq)
+                dropped = _mask(xp, dropout, task, queries, seq, p)
+                dp *= dropped
+                dropped *= p
+            dv_sum[:, :, keys] += _over_queries(xp, dropped, d_out)
             dp -= along
             dp *= p  # now the gradient of the scaled scores
-            query_part = _heads_first(q, b, queries, n) * scale
-            _add_to(xp, dk, dp, query_part, b, keys, n, last=queries.stop == seq)
+            dk_sum[:, :, keys] += _over_queries(xp, dp, _heads_first(q, b, queries, n))
             dq_part = _heads_first(dq, b, queries, n)
             xp.matmul(dp, _values(k, b, keys, n), out=dq_part)
             dq_part *= scale
-
-    backend.for_tasks(xp, body, len(tasks))
+        dk_sum *= scale
+        dk[b, :, n] = dk_sum.transpose(0, 2, 1, 3)
+        dv[b, :, n] = dv_sum.transpose(0, 2, 1, 3)
 
 
 def _tasks(q: Any, k: Any) -> list[_Task]:
-    """Cut batch and KV heads so that a task's block of scores is about BLOCK elements."""
+    """Cut batch and KV heads so that a task's block of scores is at most about 4 BLOCK elements."""
     batch, seq, kv_heads, group, _ = q.shape
     one_head = group * min(seq, QUERY_BLOCK) * k.shape[1]
-    heads_at_once = min(kv_heads, max(1, 2 * backend.BLOCK // one_head))
+    heads_at_once = min(kv_heads, max(1, 4 * backend.BLOCK // one_head))
     head_parts = -(-kv_heads // heads_at_once)
-    batch_at_once = max(1, 2 * backend.BLOCK // (one_head * kv_heads)) if head_parts == 1 else 1
+    batch_at_once = max(1, 4 * backend.BLOCK // (one_head * kv_heads)) if head_parts == 1 else 1
     batch_parts = -(-batch // batch_at_once)
-    if head_parts == 1 and batch >= 2:
-        batch_parts += batch_parts % 2  # an even number: two threads end together
     return [
         _Task(slice(*_cut(batch, batch_parts, i)), slice(*_cut(kv_heads, head_parts, j)))
         for i in range(batch_parts)
@@ -152,36 +152,56 @@ def _values(x: Any, b: slice, keys: slice, n: slice) -> Any:
     return x[b, keys, n].transpose(0, 2, 1, 3)[:, :, None]
 
 
-def _scores(
-    xp: Any, q: Any, k: Any, task: _Task, queries: slice, keys: slice, need_peak: bool = True
-) -> tuple[Any, Any]:
-    """q k^T / sqrt(H), -inf above the diagonal, and each query's largest score."""
-    b, n = task
+def _transposed(xp: Any, x: Any, task: _Task) -> Any:
+    """(B, L, N_kv, H) -> a part as (B, N_kv, 1, H, L), contiguous: BLAS is faster on it than on a view."""
+    return xp.ascontiguousarray(x[task.batch, :, task.heads].transpose(0, 2, 3, 1))[:, :, None]
+
+
+def _scores(xp: Any, q: Any, keys_t: Any, task: _Task, queries: slice, keys: slice) -> Any:
+    """q k^T / sqrt(H), -inf above the diagonal: (B, N_kv, G, queries, keys)."""
     # scaling the queries is cheaper than scaling the scores
-    scaled = _heads_first(q, b, queries, n) * (1 / math.sqrt(q.shape[-1]))
-    s = xp.matmul(scaled, _values(k, b, keys, n).swapaxes(-1, -2))
+    scaled = _heads_first(q, task.batch, queries, task.heads) * (1 / math.sqrt(q.shape[-1]))
+    s = xp.matmul(scaled, keys_t[..., keys])
     rows = queries.stop - queries.start
     if rows > 1:
         # only the last `rows` keys reach above the diagonal
-        s[..., -rows:] += xp.triu(xp.full((rows, rows), -math.inf, dtype=s.dtype), 1)
-    return s, s.max(axis=-1, keepdims=True) if need_peak else None
+        s[..., -rows:] += _above_diagonal(xp, rows, s.dtype)
+    return s
 
 
-def _add_to(
-    xp: Any, dx: Any, p: Any, d_out: Any, b: slice, keys: slice, n: slice, last: bool
-) -> None:
-    """dx[keys] += sum over the group's query heads of p^T d_out; the first write sets."""
-    target = dx[b, keys, n].transpose(0, 2, 1, 3)
+@functools.cache
+def _above_diagonal(xp: Any, rows: int, dtype: Any) -> Any:
+    return xp.triu(xp.full((rows, rows), -math.inf, dtype=dtype), 1)
+
+
+def _exponentials(xp: Any, s: Any) -> tuple[Any, Any, Any]:
+    """exp(s - peak), peak, and each query's sum of exp(s - peak), for a softmax; s is overwritten.
+
+    Subtracting each query's largest score guards against overflow, and costs as much as the
+    exponentials. Moderate scores do without: where no score is above _SAFE and no sum below
+    exp(-_SAFE), nothing has overflowed or been lost, and the quotients are as accurate.
+    """
+    if xp is np and s.max() < _SAFE:  # a GPU would have to wait for the answer
+        e = xp.exp(s)
+        total = xp.einsum("...j->...", e)[..., None]
+        if total.min() > _SMALLEST_SUM:
+            return e, 0.0, total
+    peak = s.max(axis=-1, keepdims=True)
+    s -= peak
+    xp.exp(s, out=s)
+    return s, peak, xp.einsum("...j->...", s)[..., None]
+
+
+def _over_queries(xp: Any, p: Any, x: Any) -> Any:
+    """Sum over queries and over the group's heads of p x: (B, N_kv, keys, H).
+
+    Shapes: p (B, N_kv, G, queries, keys), x (B, N_kv, G, queries, H).
+    """
     if p.shape[2] == 1:
-        left, right = p[:, :, 0].swapaxes(-1, -2), d_out[:, :, 0]
-    else:
-        # (.., G, S, L) -> (.., G S, L): one product sums over the group as well
-        left = p.reshape(*p.shape[:2], -1, p.shape[-1]).swapaxes(-1, -2)
-        right = d_out.reshape(*d_out.shape[:2], -1, d_out.shape[-1])
-    if last:
-        xp.matmul(left, right, out=target)
-    else:
-        target += xp.matmul(left, right)
+        return xp.matmul(p[:, :, 0].swapaxes(-1, -2), x[:, :, 0])
+    # (.., G, queries, ..) -> (.., G queries, ..): one product sums over the group as well
+    p, x = (a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in (p, x))
+    return xp.matmul(p.swapaxes(-1, -2), x)
 
 
 def _mask(
