@@ -15,11 +15,16 @@ import click
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also draw the loss curves here (needs the plot extra).",
 )
+@click.option("--text", is_flag=True, help="Also draw the loss curves here, in the terminal.")
 @click.option("--sample/--no-sample", default=True, help="Let the model write a text for the page.")
-def command(run: Path, out: Path | None, png: Path | None, sample: bool) -> None:
+def command(run: Path, out: Path | None, png: Path | None, text: bool, sample: bool) -> None:
     """Write one self-contained HTML page about RUN: loss curves, settings, speed and a sample."""
     from cupytron import report
 
+    if text:
+        from cupytron.run_folder import RunFolder
+
+        click.echo(report.loss_curve_text(RunFolder(run).require().read_metrics()))
     out = out or run / "report.html"
     found = report.read_report(run, sample)
     report.write_html(found, out)

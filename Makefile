@@ -1,0 +1,66 @@
+# Every target does its own set-up: a virtual environment in .venv, from pyproject.toml.
+# PYTHON=python3.12 chooses the interpreter; 3.11 or later.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS := runs
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
+
+help:
+	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
+	@echo "make test        everything that can be tested on this machine (6 minutes)"
+	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
+	@echo "make lint        style; make typecheck: types"
+	@echo "make bench       speed and memory against PyTorch (installs PyTorch, 20 minutes)"
+	@echo "make acceptance  every promise of this version that this machine can check (an hour)"
+	@echo "make gpu-check   the checks that need a GPU (none in this version)"
+
+.venv/base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: cupytron needs Python 3.11 or later; this is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing cupytron into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+.venv/dev: .venv/base
+	@echo "installing what the tests need into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mpich]'
+	@touch $@
+
+.venv/torch: .venv/dev
+	@echo "installing PyTorch into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@touch $@
+
+demo: .venv/base
+	@BIN=$(BIN) RUNS=$(RUNS) sh benchmarks/demo.sh
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+test-torch: .venv/torch
+	$(BIN)/python -m pytest -m torch
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# the sources of cupytron.cli and cupytron.data lie outside cupytron/: types are checked on an installed copy
+typecheck: .venv/dev
+	@rm -rf build/typed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p cupytron
+
+acceptance: .venv/torch
+	$(BIN)/python benchmarks/acceptance.py
+
+bench: .venv/torch
+	$(BIN)/python benchmarks/bench.py
+
+gpu-check gpu-bench:
+	@echo "this version runs on the CPU; $@ comes with the GPU backend" && exit 1
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
