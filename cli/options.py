@@ -83,8 +83,15 @@ class Settings:
 
 def prepare_process(config: "RunConfig") -> dict[str, Any]:
     """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
-    from cupytron.process import prepare
+    from cupytron.errors import ConfigError
+    from cupytron.process import launched_tasks, prepare
 
+    if (tasks := launched_tasks()) > 1:
+        # eight silent copies that write the same files would be worse than an error
+        raise ConfigError(
+            f"a launcher started {tasks} processes; this version works in one: start it without "
+            "mpirun or srun, or with one task"
+        )
     parallel = config.parallel
     return prepare(
         parallel.threads, parallel.blas_kernel, parallel.malloc, config.train.deterministic

@@ -140,7 +140,7 @@ def _blocks(header: bytes, pieces: list[Piece]) -> Iterator[Any]:
                     f"{piece.tensor} holds values that are not finite, so it was not saved; "
                     "go on from the last checkpoint with a lower optim.lr"
                 )
-            yield memoryview(block).cast("B")
+            yield block.view(np.uint8)
 
 
 def _seal(body: dict[str, Any]) -> bytes:

@@ -72,7 +72,7 @@ class SGD:
         w -= u * lr
 
 
-OPTIMIZERS = {"adamw": AdamW, "sgd": SGD}
+OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
 
 
 def allocate_state(optimizer: AdamW | SGD, buckets: Iterable[Bucket]) -> None:

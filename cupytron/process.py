@@ -95,6 +95,13 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def launched_tasks() -> int:
+    """How many processes a launcher (mpirun, mpiexec, srun) started together with this one."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+    sizes = [os.environ.get(name, "") for name in names]
+    return max((int(size) for size in sizes if size.isdecimal()), default=1)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     try:

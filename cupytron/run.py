@@ -96,12 +96,15 @@ def train(
     settings = config.model_copy(
         update={"data": config.data.model_copy(update={"path": str(dataset.path.resolve())})}
     )
-    run = _Run(settings, folder, dataset, environment, Progress(config.train.max_steps, quiet))
+    progress = Progress(config.train.max_steps, quiet)
     try:
-        run.start(init_from)
-        return run.loop()
+        run = _Run(settings, folder, dataset, environment, progress)
+        folder.path.mkdir(parents=True, exist_ok=True)  # not before the settings have proved good
+        with folder.lock():
+            run.start(init_from)
+            return run.loop()
     finally:
-        run.progress.close()
+        progress.close()
 
 
 class _Run:

@@ -1,5 +1,7 @@
 """A run's folder: settings, environment, metrics and the checkpoints that are kept."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -44,6 +46,30 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in [*self.checkpoints.glob(".tmp-*"), *self.checkpoints.glob(".old-*")]:
             shutil.rmtree(left, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; a killed process's lock ends with it.
+
+        Raises:
+            CupytronError: another process is training here.
+        """
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise CupytronError(
+                    f"{self.path}: another process (pid {owner}) is training in it; "
+                    "wait for it, stop it, or choose another --out"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def write(self, path: Path, content: str) -> None:
         """Write one of the folder's files; a reader sees the old content or the new."""

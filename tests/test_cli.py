@@ -1,0 +1,259 @@
+"""The command line as a user meets it: one line an error, right exit codes, nothing silent."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import TINY, command, cupytron, kill_when, make_data, run_here, start
+
+from cupytron import process
+from cupytron.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    run_here(data, out)
+    return out
+
+
+def call(*arguments, **options):
+    options.setdefault("env", {**os.environ})
+    return subprocess.run(
+        [cupytron(), *map(str, arguments)], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_help_is_fast():
+    """Best of several, and far above the 0.1 s it takes: what it imports is the real test."""
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        done = call("--help")
+        times.append(time.monotonic() - began)
+    assert done.returncode == 0 and "train" in done.stdout
+    assert min(times) < 0.4
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "eval", "sample", "report", "data", "config", "checkpoint", "bench"]
+)
+def test_every_command_has_help(name):
+    done = call(name, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: cupytron")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nothing"], 2, "nothing"),
+        (["train"], 2, "--out"),
+        (["train", "--out", "OUT"], 2, "--data DIR"),
+        (["train", "--out", "OUT", "--data", "missing"], 1, "missing"),
+        (["train", "--out", "OUT", "--set", "optim.lrr=1"], 2, "did you mean optim.lr"),
+        (["train", "--out", "OUT", "--resume", "perhaps"], 2, "perhaps"),
+        (["eval", "missing"], 1, "not a run's folder"),
+        (["eval", "RUN", "--checkpoint", "99"], 1, "choose best, last or one of"),
+        (["sample", "RUN", "--prompt", ""], 1, "prompt is empty"),
+        (["sample", "RUN", "--prompt", "\u6f22"], 1, "not in the vocabulary"),
+        (["sample", "RUN", "--prompt", "the", "--temperature", "-1"], 1, "temperature=-1"),
+        (["sample", "RUN", "--num-samples", "0"], 2, "num-samples"),
+        (["checkpoint", "digest", "missing"], 1, "not a run's folder"),
+        (["bench", "--steps", "0"], 2, "steps"),
+        (["bench", "--steps", "1"], 2, "model.vocab_size"),
+    ],
+)
+def test_errors_are_one_line_with_a_way_out(tmp_path, run, arguments, code, words):
+    places = {"OUT": str(tmp_path / "out"), "RUN": str(run)}
+    done = call(*(places.get(a, a) for a in arguments), cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    if not done.stderr.startswith("Usage"):
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = call("eval", "missing", "--debug", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_launcher_of_several_processes_is_refused(tmp_path, data):
+    environment = {**os.environ, "PMI_SIZE": "4"}
+    done = call("train", "--data", data, "--out", tmp_path / "run", env=environment)
+    assert done.returncode == 2 and "started 4 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_as_json_and_in_words(run):
+    result = json.loads(call("eval", run, "--json").stdout)
+    assert set(result) == {"val_loss", "perplexity", "bits_per_byte", "tokens", "step"}
+    assert f"{result['val_loss']:.4f}" in call("eval", run).stdout
+
+
+def test_sample_writes_the_prompt_and_what_follows(run):
+    arguments = (
+        "sample",
+        run,
+        "--prompt",
+        "the ",
+        "--max-new-tokens",
+        "12",
+        "--checkpoint",
+        "last",
+    )
+    one = call(*arguments)
+    assert one.returncode == 0 and one.stdout.startswith("the ")
+    assert len(one.stdout) == 4 + 12 + 1
+    assert call(*arguments).stdout == one.stdout
+    many = call(*arguments, "--num-samples", "3").stdout
+    assert many.count("--- sample") == 3 and one.stdout in many
+
+
+def test_checkpoint_commands(run):
+    listed = call("checkpoint", "ls", run).stdout
+    assert "best" in listed and "12" in listed
+    assert call("checkpoint", "verify", run).returncode == 0
+    digest = json.loads(call("checkpoint", "digest", run, "--json").stdout)
+    assert digest == RunFolder(run).find("last", print).digest()
+    assert call("checkpoint", "digest", run).stdout.splitlines()[-1] == f"{digest['all']}  all"
+
+
+def test_verify_says_which_checkpoint_is_damaged(data, tmp_path):
+    run_here(data, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    step = folder.steps()[0]
+    (folder.place(step) / "rank-00000.safetensors").write_bytes(b"x")
+    done = call("checkpoint", "verify", tmp_path / "run")
+    assert done.returncode == 1 and "damaged" in done.stdout and "whole" in done.stdout
+
+
+def test_bench_measures(tmp_path):
+    sets = [word for s in (*TINY, "model.vocab_size=20") for word in ("--set", s)]
+    result = json.loads(call("bench", "--steps", "3", "--json", "--threads", "1", *sets).stdout)
+    keys = {"ms_per_step", "tokens_per_second", "peak_memory_bytes", "gflops_per_second"}
+    assert keys < set(result) and all(result[key] > 0 for key in keys)
+    assert result["tokens_per_second"] == pytest.approx(8 * 16 / result["ms_per_step"] * 1e3)
+
+
+def test_a_run_without_settings_keeps_its_own(data, tmp_path):
+    run_here(data, tmp_path / "run", "train.max_steps=4")
+    done = call("train", "--out", tmp_path / "run", "--max-steps", "6")
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(tmp_path / "run").read_metrics()[-1]["step"] == 6
+
+
+def test_two_runs_in_one_folder_are_refused(data, tmp_path):
+    out = tmp_path / "run"
+    first = start(command(data, out, "train.max_steps=100000"))
+    metrics = RunFolder(out).metrics
+    refused = []
+
+    def second_was_refused():
+        if metrics.exists() and not refused:
+            refused.append(
+                subprocess.run(command(data, out), capture_output=True, text=True, timeout=60)
+            )
+        return bool(refused)
+
+    assert kill_when(first, second_was_refused)
+    first.communicate(timeout=60)
+    assert refused[0].returncode == 1
+    assert f"another process (pid {first.pid}) is training in it" in refused[0].stderr
+    # the lock went with its owner
+    again = subprocess.run(
+        command(data, out, "train.max_steps=1"), capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_full_disk_loses_nothing(data, tmp_path):
+    """A file-size limit stands in for the full disk: the save fails, the older checkpoint stays."""
+    out = tmp_path / "run"
+    run_here(data, out, "train.max_steps=4")
+    before = RunFolder(out).find("last", print).digest()
+    script = "ulimit -f 4; exec " + " ".join(f"'{a}'" for a in command(data, out))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    folder = RunFolder(out)
+    assert folder.find("last", print).digest() == before
+    assert not list(folder.checkpoints.glob(".tmp-*"))
+
+
+class TestProcess:
+    def prepared(self, *arguments, **environment):
+        code = (
+            "import json, sys, os\n"
+            "from cupytron import process\n"
+            f"record = process.prepare({', '.join(arguments)})\n"
+            "import numpy\n"
+            "from threadpoolctl import threadpool_info\n"
+            "info = [p for p in threadpool_info() if p['user_api'] == 'blas'][0]\n"
+            "print(json.dumps([record, info['num_threads'], info.get('architecture')]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ, **environment},
+        )
+        return json.loads(done.stdout)
+
+    def test_threads_reach_blas(self):
+        record, threads, _ = self.prepared("threads=1", "blas_kernel='off'")
+        assert record["threads"] == threads == 1
+        record, threads, _ = self.prepared("threads=2", "blas_kernel='off'", "deterministic=True")
+        assert record["threads"] == threads == 1
+
+    def test_a_named_kernel_is_used_and_said(self):
+        record, _, architecture = self.prepared(
+            "blas_kernel='Haswell'", OPENBLAS_CORETYPE="Prescott"
+        )
+        assert architecture == "Haswell"
+        assert "the environment said Prescott" in process.describe(record)
+
+    def test_off_leaves_what_the_environment_says(self):
+        record, _, architecture = self.prepared("blas_kernel='off'", OPENBLAS_CORETYPE="Haswell")
+        assert architecture == record["blas_kernel"] == "Haswell"
+
+    def test_the_measurement_is_kept_and_survives_a_bad_cache(self, tmp_path):
+        first, _, _ = self.prepared("blas_kernel='auto'", XDG_CACHE_HOME=str(tmp_path))
+        file = tmp_path / "cupytron" / "blas-kernel.json"
+        kept = file.read_text() if file.exists() else None
+        second, _, _ = self.prepared("blas_kernel='auto'", XDG_CACHE_HOME=str(tmp_path))
+        assert first["blas_kernel"] == second["blas_kernel"]
+        if kept is not None:
+            assert file.read_text() == kept
+            file.write_text('{"x": ')
+            third, _, _ = self.prepared("blas_kernel='auto'", XDG_CACHE_HOME=str(tmp_path))
+            assert third["blas_kernel"]
+        (tmp_path / "file").write_text("")  # a cache folder that cannot be made
+        assert self.prepared("blas_kernel='auto'", XDG_CACHE_HOME=str(tmp_path / "file"))
+
+    def test_changes_are_named(self):
+        before = {"threads": 1, "numpy": "2.1"}
+        assert process.changes(before, {"threads": 1, "numpy": "2.2"}) == [
+            "numpy: 2.1 before, 2.2 now"
+        ]
+        assert process.changes(before, dict(before)) == []
+
+    @pytest.mark.parametrize(
+        "name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS"]
+    )
+    def test_launchers_are_seen(self, monkeypatch, name):
+        monkeypatch.setenv(name, "3")
+        assert process.launched_tasks() == 3
+        monkeypatch.setenv(name, "x")
+        assert process.launched_tasks() == 1
