@@ -1,0 +1,201 @@
+"""Every promise of this version that this machine can check, with a log of the figures.
+
+    .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
+
+Names: clone gradients torch kills damage shakespeare bench (default: all). A check that fails does
+not stop the others; the exit code is 1 if one failed. The corpus is ../shared/data/tinyshakespeare.txt, the
+file in $SHAKESPEARE, or a download.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+class Failed(Exception):
+    """A figure that falls short, or a command that failed."""
+
+
+class Log:
+    """Lines for the terminal and the log file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "w", encoding="utf-8")
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    def run(
+        self, *command: str | Path, cwd: Path = ROOT, limit: int = 1800, **environment: str
+    ) -> str:
+        """Run a command; its output goes to the log file alone."""
+        shown = " ".join(str(word).replace(f"{BIN}/", "") for word in command)
+        prefix = "".join(f"{k}={v} " for k, v in environment.items())
+        began = time.monotonic()
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+        self.file.write(f"{done.stdout}{done.stderr}")
+        self.line(
+            f"  $ {prefix}{shown}   [{time.monotonic() - began:.0f} s, exit {done.returncode}]"
+        )
+        if done.returncode:
+            raise Failed(f"exit {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.stdout
+
+
+def hold(true: bool, text: str, log: Log) -> None:
+    log.line(f"  {'holds' if true else 'FALLS SHORT'}: {text}")
+    if not true:
+        raise Failed(text)
+
+
+def clone(log: Log) -> None:
+    """A fresh clone: make demo within 4 minutes and learning, make test within 8."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "cupytron"
+        log.run("git", "clone", "-q", ROOT, place)
+        began = time.monotonic()
+        output = log.run("make", "demo", cwd=place)
+        seconds = time.monotonic() - began
+        losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", output)]
+        hold(seconds < 240, f"make demo took {seconds:.0f} s, limit 240", log)
+        hold(losses[-1] < losses[0] / 2, f"validation loss {losses[0]} to {losses[-1]}", log)
+        began = time.monotonic()
+        output = log.run("make", "test", cwd=place)
+        seconds = time.monotonic() - began
+        hold(seconds < 480, f"make test took {seconds:.0f} s, limit 480", log)
+        log.line(f"  {last_line(output)}")
+
+
+def last_line(output: str) -> str:
+    return next((line for line in reversed(output.splitlines()) if "passed" in line), "")
+
+
+def corpus() -> str:
+    shared = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    return os.environ.get("SHAKESPEARE") or (str(shared) if shared.exists() else "shakespeare")
+
+
+def shakespeare(log: Log) -> None:
+    """nanoGPT's CPU settings: whole-split loss after 2,000 steps, three seeds, and the Llama family."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        cupytron = BIN / "cupytron"
+        log.run(cupytron, "data", "prepare", corpus(), "--out", place / "data", "--tokenizer", "char",
+                "--val-fraction", "0.1")  # fmt: skip
+
+        def loss(name: str, *settings: str) -> float:
+            log.run(cupytron, "train", "--preset", "shakespeare-char-cpu", "--data", place / "data",
+                    "--out", place / name, "--quiet", *settings)  # fmt: skip
+            output = log.run(cupytron, "eval", place / name, "--checkpoint", "last", "--json")
+            found = json.loads(output)
+            log.line(f"  {name}: {found['val_loss']:.4f} over {found['tokens']:,} tokens")
+            return float(found["val_loss"])
+
+        losses = [loss(f"seed {seed}", "--seed", str(seed)) for seed in (1, 2, 3)]
+        mean = sum(losses) / 3
+        hold(mean <= 1.93 and max(losses) <= 1.95, f"mean {mean:.4f}, worst {max(losses):.4f}", log)
+        llama = loss("llama", "--set", "model.family=llama")
+        hold(llama <= 1.72, f"Llama family {llama:.4f}, at most 1.72", log)
+
+
+def pytest(log: Log, *arguments: str, **environment: str) -> None:
+    log.line(f"  {last_line(log.run(BIN / 'python', '-m', 'pytest', *arguments, **environment))}")
+
+
+def gradients(log: Log) -> None:
+    """Directional derivatives of every layer, composite and model."""
+    pytest(log, "tests/test_gradients.py")
+
+
+def torch(log: Log) -> None:
+    """Loss, gradients and AdamW against an independent PyTorch model."""
+    pytest(log, "-m", "torch")
+
+
+def kills(log: Log) -> None:
+    """Ten runs killed with kill -9, half of them in the middle of a save."""
+    pytest(log, "tests/test_survival.py", CUPYTRON_KILLS="10")
+
+
+def damage(log: Log) -> None:
+    """200 damaged checkpoints and more than 200 bad configurations, each found and named."""
+    pytest(log, "tests/test_checkpoint.py", "tests/test_config_errors.py")
+
+
+def bench(log: Log) -> None:
+    """Speed and memory against PyTorch, both with two threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bench.json"
+        log.line(
+            log.run(BIN / "python", "benchmarks/bench.py", "A", "B", "C", "--out", out, limit=3600)
+        )
+        found = json.loads(out.read_text())
+    short = list(shortfalls(found))
+    for text in short:
+        log.line(f"  FALLS SHORT: {text}")
+    if short:
+        raise Failed("; ".join(short))
+
+
+TARGETS = {"A": (1.3, 0.6), "B": (1.5, 0.75), "C": (1.5, 0.75)}  # least speed, most memory
+
+
+def shortfalls(found: dict) -> Iterator[str]:
+    for name, (speed, memory) in TARGETS.items():
+        ratios = found["settings"][name]["summary"]["ratios"]["as_installed"]
+        if ratios["speed"] < speed:
+            yield f"{name}: {ratios['speed']:.2f} times PyTorch's tokens/s, target {speed}"
+        if ratios["memory"] > memory:
+            yield f"{name}: {ratios['memory']:.2f} times PyTorch's memory, target {memory}"
+
+
+CHECKS: dict[str, Callable[[Log], None]] = {
+    f.__name__: f for f in (clone, gradients, torch, kills, damage, shakespeare, bench)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=" ".join(CHECKS))
+    parser.add_argument("--log", type=Path, default=ROOT / "build" / "acceptance.log")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(CHECKS):
+        parser.error(f"unknown check {', '.join(sorted(unknown))}; choose from {', '.join(CHECKS)}")
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    log = Log(arguments.log)
+    results = {}
+    for name in arguments.names or CHECKS:
+        log.line(f"{name}: {CHECKS[name].__doc__}")
+        try:
+            CHECKS[name](log)
+            results[name] = "holds"
+        except (Failed, subprocess.TimeoutExpired) as error:
+            log.line(f"  {error}")
+            results[name] = "FAILED"
+    log.line("\n" + "\n".join(f"{name:12} {result}" for name, result in results.items()))
+    return int("FAILED" in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
