@@ -1,7 +1,9 @@
 """Which array library an array belongs to, and loops over slices that fit the cache."""
 
+import contextlib
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +30,31 @@ def for_slices(xp: ModuleType, body: Callable[[slice], None], length: int, block
     step = length if xp is not np else max(1, block)
     for start in range(0, length, max(1, step)):
         body(slice(start, min(start + step, length)))
+
+
+@functools.cache
+def _blas() -> Any:
+    """BLAS libraries in this process, as threadpoolctl knows them."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """BLAS with one thread, for many small products.
+
+    Sharing out a product of 50 microseconds brings little, and costs a lot if the other thread has to
+    wait for its core.
+    """
+    before = [library.get_num_threads() for library in _blas()]
+    for library in _blas():
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, count in zip(_blas(), before, strict=True):
+            library.set_num_threads(count)
 
 
 def slice_count(xp: ModuleType, length: int, block: int) -> int:

@@ -6,6 +6,12 @@ from cupytron.layer import Layer, Stash
 from cupytron.nn.dropout import Dropout
 
 
+def add_to(total: Any, x: Any) -> Any:
+    """total += x; returns total."""
+    total += x
+    return total
+
+
 class Block(Layer):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), with dropout on both branches.
 
@@ -19,12 +25,13 @@ class Block(Layer):
         self.norm2, self.mlp, self.dropout2 = norm2, mlp, Dropout(dropout)
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        x = x + self._branch1(x, stash)
-        return x + self._branch2(x, stash)
+        # a branch's result is new, so the sum may be written over it
+        x = add_to(self._branch1(x, stash), x)
+        return add_to(self._branch2(x, stash), x)
 
     def backward(self, dy: Any, stash: Stash) -> Any:  # the two lines above, upside down
-        dy = dy + self._branch2_backward(dy, stash)
-        return dy + self._branch1_backward(dy, stash)
+        dy = add_to(self._branch2_backward(dy, stash), dy)
+        return add_to(self._branch1_backward(dy, stash), dy)
 
     def _branch1(self, x: Any, stash: Stash) -> Any:
         y = self.attention.forward(self.norm1.forward(x, stash), stash)

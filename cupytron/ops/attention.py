@@ -31,13 +31,7 @@ class AttentionDropout(NamedTuple):
     first_head: int  # the global index of head 0 of this shard
 
 
-class _Task(NamedTuple):
-    """A part of the batch and of the KV heads, small enough for the cache."""
-
-    batch: slice
-    heads: slice
-
-
+@backend.one_blas_thread()
 def attention(q: Any, k: Any, v: Any, dropout: AttentionDropout | None = None) -> tuple[Any, Any]:
     """o = softmax(q k^T / sqrt(H)) v; a query sees the keys up to its own position.
 
@@ -50,22 +44,21 @@ def attention(q: Any, k: Any, v: Any, dropout: AttentionDropout | None = None) -
     o = xp.empty(q.shape, dtype=q.dtype)
     lse = xp.empty((batch, kv_heads, group, seq), dtype=q.dtype)
 
-    for task in _tasks(q, k):
-        b, n = task
-        keys_t = _transposed(xp, k, task)
+    for b, n in _tasks(q, k):
         for queries, keys in _query_blocks(seq, k.shape[1]):
-            s = _scores(xp, q, keys_t, task, queries, keys)
+            s = _scores(xp, q[b, queries, n], k[b, keys, n])
             s, peak, total = _exponentials(xp, s)
             if dropout:
-                s *= _mask(xp, dropout, task, queries, seq, s)
+                s *= _mask(xp, dropout, b, n, queries, seq, s)
             # normalising the small output, not the probabilities, saves a pass over s
-            out = _heads_first(o, b, queries, n)
-            xp.matmul(s, _values(v, b, keys, n), out=out)
+            out = _by_head(o[b, queries, n])
+            xp.matmul(s, _by_kv_head(v[b, keys, n]), out=out)
             out /= total
             lse[b, n, :, queries] = (peak + xp.log(total))[..., 0]
     return o, lse
 
 
+@backend.one_blas_thread()
 def attention_backward(
     do: Any,
     q: Any,
@@ -85,39 +78,40 @@ def attention_backward(
     scale = 1 / math.sqrt(q.shape[-1])
     dq, dk, dv = out
 
-    for task in _tasks(q, k):
-        b, n = task
-        keys_t, values_t = _transposed(xp, k, task), _transposed(xp, v, task)
-        # sums over the blocks of queries, (B, N_kv, S, H)
-        dk_sum = xp.zeros(k[b, :, n].swapaxes(1, 2).shape, q.dtype)
-        dv_sum = xp.zeros_like(dk_sum)
-        for queries, keys in _query_blocks(seq, seq):
-            p = _scores(xp, q, keys_t, task, queries, keys)
+    for b, n in _tasks(q, k):
+        dk_sum: Any = None  # sums over the blocks of queries, (B, N_kv, S, H)
+        dv_sum: Any = None
+        for queries, keys in reversed(list(_query_blocks(seq, seq))):
+            q_part, d_out = _by_head(q[b, queries, n]), _by_head(do[b, queries, n])
+            k_part, v_part = _by_kv_head(k[b, keys, n]), _by_kv_head(v[b, keys, n])
+            p = _scores(xp, q[b, queries, n], k[b, keys, n])
             p -= lse[b, n, :, queries, None]
             xp.exp(p, out=p)
-            d_out = _heads_first(do, b, queries, n)
             # sum_j p_j dp_j of each query is what the softmax's Jacobian takes away
-            along = xp.einsum("...h,...h->...", d_out, _heads_first(o, b, queries, n))[..., None]
-            dp = xp.matmul(d_out, values_t[..., keys])
+            along = xp.einsum("...h,...h->...", d_out, _by_head(o[b, queries, n]))[..., None]
+            dp = xp.matmul(d_out, v_part.swapaxes(-1, -2))
             dropped = p
             if dropout:
-                dropped = _mask(xp, dropout, task, queries, seq, p)
+                dropped = _mask(xp, dropout, b, n, queries, seq, p)
                 dp *= dropped
                 dropped *= p
-            dv_sum[:, :, keys] += _over_queries(xp, dropped, d_out)
+            dv_part = _over_queries(xp, dropped, d_out)
             dp -= along
             dp *= p  # now the gradient of the scaled scores
-            dk_sum[:, :, keys] += _over_queries(xp, dp, _heads_first(q, b, queries, n))
-            dq_part = _heads_first(dq, b, queries, n)
-            xp.matmul(dp, _values(k, b, keys, n), out=dq_part)
-            dq_part *= scale
-        dk_sum *= scale
+            dp *= scale
+            dk_part = _over_queries(xp, dp, q_part)
+            xp.matmul(dp, k_part, out=_by_head(dq[b, queries, n]))
+            if dk_sum is None:  # the last block of queries comes first: it sees every key
+                dk_sum, dv_sum = dk_part, dv_part
+            else:
+                dk_sum[:, :, keys] += dk_part
+                dv_sum[:, :, keys] += dv_part
         dk[b, :, n] = dk_sum.transpose(0, 2, 1, 3)
         dv[b, :, n] = dv_sum.transpose(0, 2, 1, 3)
 
 
-def _tasks(q: Any, k: Any) -> list[_Task]:
-    """Cut batch and KV heads so that a task's block of scores is at most about 4 BLOCK elements."""
+def _tasks(q: Any, k: Any) -> list[tuple[slice, slice]]:
+    """Parts of the batch and of the KV heads whose block of scores fits the cache (4 BLOCK elements)."""
     batch, seq, kv_heads, group, _ = q.shape
     one_head = group * min(seq, QUERY_BLOCK) * k.shape[1]
     heads_at_once = min(kv_heads, max(1, 4 * backend.BLOCK // one_head))
@@ -125,14 +119,14 @@ def _tasks(q: Any, k: Any) -> list[_Task]:
     batch_at_once = max(1, 4 * backend.BLOCK // (one_head * kv_heads)) if head_parts == 1 else 1
     batch_parts = -(-batch // batch_at_once)
     return [
-        _Task(slice(*_cut(batch, batch_parts, i)), slice(*_cut(kv_heads, head_parts, j)))
+        (_part(batch, batch_parts, i), _part(kv_heads, head_parts, j))
         for i in range(batch_parts)
         for j in range(head_parts)
     ]
 
 
-def _cut(length: int, parts: int, i: int) -> tuple[int, int]:
-    return length * i // parts, length * (i + 1) // parts
+def _part(length: int, parts: int, i: int) -> slice:
+    return slice(length * i // parts, length * (i + 1) // parts)
 
 
 def _query_blocks(seq: int, keys: int) -> Iterator[tuple[slice, slice]]:
@@ -142,27 +136,24 @@ def _query_blocks(seq: int, keys: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(0, keys - seq + stop)
 
 
-def _heads_first(x: Any, b: slice, queries: slice, n: slice) -> Any:
-    """(B, S, N_kv, G, H) -> a view of a part as (B, N_kv, G, S, H)."""
-    return x[b, queries, n].transpose(0, 2, 3, 1, 4)
+def _by_head(x: Any) -> Any:
+    """(B, S, N_kv, G, H) -> a view (B, N_kv, G, S, H)."""
+    return x.transpose(0, 2, 3, 1, 4)
 
 
-def _values(x: Any, b: slice, keys: slice, n: slice) -> Any:
-    """(B, L, N_kv, H) -> a view of a part as (B, N_kv, 1, L, H)."""
-    return x[b, keys, n].transpose(0, 2, 1, 3)[:, :, None]
+def _by_kv_head(x: Any) -> Any:
+    """(B, L, N_kv, H) -> a view (B, N_kv, 1, L, H)."""
+    return x.transpose(0, 2, 1, 3)[:, :, None]
 
 
-def _transposed(xp: Any, x: Any, task: _Task) -> Any:
-    """(B, L, N_kv, H) -> a part as (B, N_kv, 1, H, L), contiguous: BLAS is faster on it than on a view."""
-    return xp.ascontiguousarray(x[task.batch, :, task.heads].transpose(0, 2, 3, 1))[:, :, None]
+def _scores(xp: Any, q: Any, k: Any) -> Any:
+    """q k^T / sqrt(H), -inf above the diagonal; the queries are the last of the keys' positions.
 
-
-def _scores(xp: Any, q: Any, keys_t: Any, task: _Task, queries: slice, keys: slice) -> Any:
-    """q k^T / sqrt(H), -inf above the diagonal: (B, N_kv, G, queries, keys)."""
-    # scaling the queries is cheaper than scaling the scores
-    scaled = _heads_first(q, task.batch, queries, task.heads) * (1 / math.sqrt(q.shape[-1]))
-    s = xp.matmul(scaled, keys_t[..., keys])
-    rows = queries.stop - queries.start
+    Shapes: q (B, queries, N_kv, G, H), k (B, keys, N_kv, H); returns (B, N_kv, G, queries, keys).
+    """
+    s = xp.matmul(_by_head(q), _by_kv_head(k).swapaxes(-1, -2))
+    s *= 1 / math.sqrt(q.shape[-1])
+    rows = q.shape[1]
     if rows > 1:
         # only the last `rows` keys reach above the diagonal
         s[..., -rows:] += _above_diagonal(xp, rows, s.dtype)
@@ -205,10 +196,9 @@ def _over_queries(xp: Any, p: Any, x: Any) -> Any:
 
 
 def _mask(
-    xp: Any, dropout: AttentionDropout, task: _Task, queries: slice, seq: int, like: Any
+    xp: Any, dropout: AttentionDropout, b: slice, n: slice, queries: slice, seq: int, like: Any
 ) -> Any:
     """Dropout factors, 0 or 1/(1 - p), by global head, query token and key position."""
-    b, n = task
     group = like.shape[2]
     heads = xp.arange(n.start * group, n.stop * group, dtype=xp.uint64) + dropout.first_head + 1
     sequences = xp.arange(b.start, b.stop, dtype=xp.uint64)[:, None, None, None]

@@ -95,21 +95,20 @@ def _norm_backward(
     slices = backend.slice_count(xp, len(dy), block)
     dweights = xp.empty((slices, width), dy.dtype)
     dbiases = xp.zeros((slices, width), dy.dtype)
-    average = _average(xp, dy)
+    average = weight / width  # a product with it is a mean over a row of dxhat
 
     def body(rows: slice) -> None:
         part = rows.start // block
         ones = xp.ones(rows.stop - rows.start, dy.dtype)
         product = dy[rows] * xhat[rows]
         dweights[part] = ones @ product
-        dxhat = xp.multiply(dy[rows], weight, out=dx[rows])
-        # rstd depends on every x in the row: this removes the part of dxhat along xhat ...
-        product *= weight
         along = (product @ average)[:, None]
+        dxhat = xp.multiply(dy[rows], weight, out=dx[rows])
         if centred:
-            # ... and so does the mean
+            # the mean depends on every x in the row: this removes the part of dxhat along (1, ..., 1) ...
             dbiases[part] = ones @ dy[rows]
-            dxhat -= (dxhat @ average)[:, None]
+            dxhat -= (dy[rows] @ average)[:, None]
+        # ... and so does rstd: this removes the part along xhat
         xp.multiply(xhat[rows], along, out=product)
         dxhat -= product
         dxhat *= rstd[rows]
