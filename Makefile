@@ -9,7 +9,7 @@ RUNS := runs
 
 help:
 	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
-	@echo "make test        everything that can be tested on this machine (6 minutes)"
+	@echo "make test        everything that can be tested on this machine (2 minutes)"
 	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
 	@echo "make lint        style; make typecheck: types"
 	@echo "make bench       speed and memory against PyTorch (installs PyTorch, 20 minutes)"

@@ -18,7 +18,12 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
 
     from cupytron.bench import measure
 
-    result = measure(config, steps, environment)
+    vocab_size = None
+    if config.data.path and config.model.vocab_size is None:
+        from cupytron.data import open_dataset
+
+        vocab_size = open_dataset(config.data.path).vocab_size
+    result = measure(config, steps, environment, vocab_size)
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -5,6 +5,7 @@ NumPy nor MPI.
 """
 
 import importlib
+import io
 import sys
 import traceback
 
@@ -55,6 +56,10 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that cannot show a character must not end a training run
+            stream.reconfigure(errors="replace")
     debug = "--debug" in arguments
     # --debug is accepted anywhere
     arguments = (["--debug"] if debug else []) + [a for a in arguments if a != "--debug"]

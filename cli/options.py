@@ -68,7 +68,8 @@ class Settings:
         """The settings.
 
         Args:
-            run: a run's folder; without a preset and a file its own settings are the start.
+            run: a run's folder; if it holds a checkpoint, and no preset and no file is given, its
+                own settings are the start.
 
         Raises:
             ConfigError: a line for everything that is wrong with them.
@@ -76,8 +77,11 @@ class Settings:
         from cupytron.config import load_config
 
         file = self.file
-        if run and not self.preset and not file and (Path(run) / "config.toml").is_file():
-            file = str(Path(run) / "config.toml")
+        if run and not self.preset and not file:
+            own = Path(run) / "config.toml"
+            # a failed attempt that saved nothing leaves no settings to go on with
+            if own.is_file() and any(Path(run).glob("checkpoints/step-*")):
+                file = str(own)
         return load_config(self.preset, file, self.overrides)
 
 

@@ -1,5 +1,7 @@
 """cupytron sample."""
 
+import sys
+
 import click
 
 from cupytron.cli.options import prepare_for_run
@@ -7,9 +9,7 @@ from cupytron.cli.options import prepare_for_run
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--prompt", default="\n", metavar="TEXT", help="What to continue.  [default: a new line]"
-)
+@click.option("--prompt", metavar="TEXT", help="What to continue.  [default: begin a document]")
 @click.option("--max-new-tokens", type=int, default=200, show_default=True, metavar="N")
 @click.option(
     "--temperature",
@@ -32,7 +32,7 @@ from cupytron.cli.options import prepare_for_run
 )
 def command(
     run: str,
-    prompt: str,
+    prompt: str | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -50,6 +50,8 @@ def command(
     from cupytron import load
 
     model = load(run, checkpoint, lambda text: click.echo(f"warning: {text}", err=True))
+    if prompt is None:
+        prompt = model.default_prompt()
     for sample in range(num_samples):
         if num_samples > 1:
             click.echo(f"--- sample {sample + 1} of {num_samples}")
@@ -63,7 +65,14 @@ def command(
             sample=sample,
         )
         first = next(pieces, "")  # errors come before the prompt is echoed
-        click.echo(prompt + first, nl=False)
+        write(prompt + first)
         for text in pieces:
-            click.echo(text, nl=False)
+            write(text)
         click.echo()
+
+
+def write(text: str) -> None:
+    """Show text as it comes; on a terminal without control codes, which a model may have learnt."""
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+    click.echo(text, nl=False)

@@ -8,19 +8,27 @@ import numpy as np
 
 from cupytron.config import RunConfig, flops_per_token
 from cupytron.metrics import gflops, peak_memory_bytes
+from cupytron.process import note_loaded_blas
 from cupytron.trainer import Trainer
 
 WARMUP = 3  # steps that are not counted: first allocations, page faults
 
 
-def measure(config: RunConfig, steps: int, environment: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    config: RunConfig, steps: int, environment: dict[str, Any], vocab_size: int | None = None
+) -> dict[str, Any]:
     """Train `steps` steps on random tokens and say how long one takes.
+
+    Args:
+        config: the settings. environment: process.prepare's record.
+        vocab_size: a data set's, if config.model.vocab_size is not set.
 
     Returns: ms_per_step (median), ms_per_step_min, tokens_per_second, gflops_per_second (attention
         counted whole) and gflops_per_second_causal, peak_memory_bytes (of the process),
         parameters, steps, environment.
     """
-    trainer = Trainer(config)
+    note_loaded_blas(environment)
+    trainer = Trainer(config, vocab_size)
     trainer.materialize()
     model = trainer.model.config
     rng = np.random.default_rng(config.train.seed)

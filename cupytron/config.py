@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cupytron.config_checks import Problem, check_model, check_run, check_single_process
 from cupytron.config_io import write_toml
@@ -297,7 +297,10 @@ def resolve_model(model: ModelConfig, vocab_size: int | None, sequence_length: i
     """
     vocab = model.vocab_size or vocab_size
     if vocab is None:
-        raise ConfigError("model.vocab_size: is not set, and there is no data set to take it from")
+        raise ConfigError(
+            "model.vocab_size: is not set, and there is no data set to take it from; "
+            "give --data DIR or --set model.vocab_size=N"
+        )
     if vocab < (vocab_size or 0):
         raise ConfigError(
             f"model.vocab_size={vocab}: is smaller than the data set's vocabulary of {vocab_size}; "
@@ -322,7 +325,28 @@ def resolve_model(model: ModelConfig, vocab_size: int | None, sequence_length: i
         "tied": not llama,
     }
     given = {key: value for key, value in model.model_dump().items() if value is not None}
-    return ModelConfig(**(filled | given))
+    try:
+        return ModelConfig(**(filled | given))
+    except ValidationError as error:
+        # only what came from the data set can be wrong here
+        raise ConfigError(
+            f"model.vocab_size={vocab}: {error.errors()[0]['msg']}; the data set has {vocab} token "
+            "ids: prepare it with another tokenizer"
+        ) from None
+
+
+def resolve_run(config: RunConfig, vocab_size: int | None) -> RunConfig:
+    """The settings with every None filled in that depends on neither the machine nor the run's length.
+
+    optim.decay_steps stays as it is: unset, it follows train.max_steps when a run is made longer.
+
+    Raises:
+        ConfigError: as resolve_model.
+    """
+    model = resolve_model(config.model, vocab_size, config.train.sequence_length)
+    train = config.train.model_copy(update={"global_batch": config.global_batch})
+    optim = config.optim.model_copy(update={"min_lr": config.min_lr})
+    return config.model_copy(update={"model": model, "train": train, "optim": optim})
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool) -> float:

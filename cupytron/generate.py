@@ -138,12 +138,13 @@ def choose(
     scores = np.asarray(logits, dtype=np.float64)
     if temperature == 0:
         return int(np.argmax(scores))
-    scores = scores / temperature
+    # the largest becomes 0: however small the temperature, nothing overflows
+    scores = (scores - scores.max()) / temperature
     order = np.argsort(-scores, kind="stable")
     if top_k is not None:
         order = order[:top_k]
     if top_p is not None:
-        weights = np.exp(scores[order] - scores[order[0]])
+        weights = np.exp(scores[order])
         before = np.cumsum(weights) - weights  # probability of all that are likelier
         order = order[before < top_p * weights.sum()]
     kept = np.sort(order)
@@ -169,7 +170,9 @@ def _check(
         raise CupytronError(f"max_new_tokens={max_new_tokens} must be 0 or more")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise CupytronError(f"temperature={temperature} must be 0 (the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise CupytronError(f"top_k={top_k} must be at least 1; leave it out to choose among all")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise CupytronError(
+            f"top_k={top_k} must be a whole number from 1; leave it out to choose among all"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise CupytronError(f"top_p={top_p} must be above 0 and at most 1")

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, progress on the terminal, arithmetic per second."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -82,7 +83,7 @@ class Progress:
     def __init__(self, max_steps: int, quiet: bool = False) -> None:
         self._max_steps = max_steps
         self._quiet = quiet
-        self._live = not quiet and sys.stdout.isatty()
+        self._live = not quiet and sys.stdout is not None and sys.stdout.isatty()
         self._began = time.monotonic()
         self._first: int | None = None
         self._console: Any = None
@@ -105,9 +106,9 @@ class Progress:
             f"  {record['gflops_per_second']:,.0f} ({record['gflops_per_second_causal']:,.0f} causal)"
             f" GFLOP/s  {record['peak_memory_bytes'] / 2**20:,.0f} MB  left {self._left(record['step'])}"
         )
+        self.line(text)
         if self._live:
             self._status.update(text)
-        self.line(text)
 
     def _left(self, step: int) -> str:
         done = step - (self._first or 0)
@@ -122,12 +123,22 @@ class Progress:
         """Show a line that stays."""
         if self._quiet:
             return
-        if self._live:
-            self._console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        try:
+            if self._live:
+                self._console.print(text, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """The terminal or the pipe has gone: that must not end the run."""
+        self._quiet, self._live = True, False
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # what is still buffered goes there when the process ends
+        os.close(nowhere)
 
     def close(self) -> None:
         if self._live:
-            self._status.stop()
             self._live = False
+            self._status.stop()

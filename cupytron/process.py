@@ -27,6 +27,7 @@ for _ in range(12):
     best = min(best, time.perf_counter() - start)
 print(best)
 """
+OWN_CHOICE = "OpenBLAS's own choice"
 _WIN = 0.9  # another kernel must beat OpenBLAS's own choice by this much
 
 
@@ -62,7 +63,7 @@ def prepare(
     return {
         "threads": count,
         "cores": cores,
-        "blas_kernel": kernel or found or "OpenBLAS's own choice",
+        "blas_kernel": kernel or found or OWN_CHOICE,
         "blas_kernel_found": found,
         "malloc": "keeps freed pages" if kept else "as found",
         "processor": processor(),
@@ -76,13 +77,27 @@ def prepare(
 def describe(record: dict[str, Any]) -> str:
     """The line that is printed at start."""
     kernel, found = record["blas_kernel"], record["blas_kernel_found"]
+    loaded = record.get("blas_loaded", kernel)
+    note = ""
     if found and found != kernel:
         # never silently against what somebody may have set on purpose
-        kernel += f" (the environment said {found}; --blas-kernel off keeps that)"
+        note = f" (the environment said {found}; --blas-kernel off keeps that)"
+    elif loaded.lower() != kernel.lower() and kernel != OWN_CHOICE:
+        note = f" ({kernel} was asked for, and is not in this OpenBLAS)"
     return (
         f"{record['processor']}, {record['threads']} of {record['cores']} cores; "
-        f"OpenBLAS kernel {kernel}; malloc {record['malloc']}; numpy {record['numpy']}"
+        f"OpenBLAS kernel {loaded}{note}; malloc {record['malloc']}; numpy {record['numpy']}"
     )
+
+
+def note_loaded_blas(record: dict[str, Any]) -> None:
+    """Add to the record which kernel is at work, once NumPy is there."""
+    import numpy  # noqa: F401  threadpoolctl sees loaded libraries only
+    from threadpoolctl import threadpool_info
+
+    for library in threadpool_info():
+        if library["user_api"] == "blas":
+            record["blas_loaded"] = library.get("architecture", library["internal_api"])
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -179,7 +194,7 @@ def _seconds(kernel: str | None) -> float | None:
 
 
 def _cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "cupytron" / "blas-kernel.json"
 
 

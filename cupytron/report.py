@@ -131,11 +131,12 @@ def _sample(run: RunFolder, generate: bool) -> str | None:
     if text or not generate:
         return text or None
     import cupytron
+    from cupytron.data import DataError
 
     try:
-        pieces = cupytron.load(run.path).generate("\n", max_new_tokens=300, temperature=0.8, seed=1)
-        return "".join(pieces).strip("\n") or None
-    except (CupytronError, OSError):
+        text = cupytron.load(run.path).generate(max_new_tokens=300, temperature=0.8, seed=1)
+        return text.strip("\n") or None
+    except (CupytronError, DataError, OSError):
         return None  # no checkpoint yet, or none that is whole
 
 

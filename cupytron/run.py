@@ -1,6 +1,8 @@
 """A whole run: train, evaluate, save, resume, stop when asked."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -9,16 +11,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from cupytron import checkpoint, process
 from cupytron.checkpoint import Checkpoint
-from cupytron.config import RunConfig
-from cupytron.data import Dataset, Loader, evaluation_batches, open_dataset
+from cupytron.config import RunConfig, resolve_run
+from cupytron.data import DataError, Dataset, Loader, evaluation_batches, open_dataset
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import NotFinite, Trainer
 
-REQUEUE = 75  # exit code: stopped by SIGTERM or SIGUSR1, saved, start me again (EX_TEMPFAIL)
+# exit code: stopped by SIGTERM, SIGUSR1 or SIGHUP, saved, start me again (EX_TEMPFAIL)
+REQUEUE = 75
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -30,7 +36,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             pass  # not the main thread (a notebook's worker): signals stay as they are
@@ -81,21 +87,22 @@ def train(
         CupytronError, DataError: settings, data or checkpoints that cannot be used.
         NotFinite: the loss is not finite; the last good checkpoint is named.
     """
+    if not str(out):
+        raise ConfigError("--out is empty; give the folder that the run is to have")
     folder = RunFolder(out)
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
-    if folder.path.exists() and not folder.path.is_dir():
-        raise CupytronError(f"{folder.path}: is a file; choose another --out")
+    folder.check_new()
     if folder.steps() and resume == "never":
         raise CupytronError(
             f"{folder.path}: holds a run at step {folder.steps()[-1]}; choose another --out, "
             "or --resume auto to go on with it"
         )
-    dataset = open_dataset(config.data.path)
+    dataset = open_data(config.data.path)
+    settings = resolve_run(config, dataset.vocab_size)
     # the path is kept absolute: the run may be resumed from another working folder
-    settings = config.model_copy(
-        update={"data": config.data.model_copy(update={"path": str(dataset.path.resolve())})}
-    )
+    data = settings.data.model_copy(update={"path": _absolute(dataset.path)})
+    settings = settings.model_copy(update={"data": data})
     progress = Progress(config.train.max_steps, quiet)
     try:
         run = _Run(settings, folder, dataset, environment, progress)
@@ -105,6 +112,21 @@ def train(
             return run.loop()
     finally:
         progress.close()
+
+
+def open_data(path: str | Path) -> Dataset:
+    """Open a data set that the settings name, and compare it with its hashes."""
+    try:
+        return open_dataset(path, verify=True)
+    except DataError as error:
+        raise DataError(f"{error} (if it stands elsewhere now, give --data DIR)") from None
+
+
+def _absolute(path: Path) -> str:
+    absolute = str(path.resolve())
+    if not absolute.isprintable():
+        raise ConfigError(f"data.path={absolute!r}: has characters that no settings file can hold")
+    return absolute
 
 
 class _Run:
@@ -125,11 +147,13 @@ class _Run:
         self.tokens = 0
         self.elapsed = 0.0
         self.val_loss: float | None = None  # of the current step, if it was evaluated
+        self.stop = StopRequest()
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
 
     def start(self, init_from: str | Path | None) -> None:
         """Build or restore the state, and bring the folder in line with it."""
+        process.note_loaded_blas(self.environment)
         self.progress.line(process.describe(self.environment))
         found = self.folder.newest(self._warn)
         if found is None and self.folder.steps():
@@ -140,6 +164,10 @@ class _Run:
         source = self._init_source(init_from) if init_from and found is None else None
         if found:
             self._check_fits(found)
+            if init_from:
+                self._warn("--init-from is not used: this run has begun, and is resumed")
+        elif source:
+            self._check_model(source)
         self.trainer.materialize()
         if found:
             self._restore(found)
@@ -171,25 +199,31 @@ class _Run:
             raise CheckpointError(f"{folder.path}: no whole checkpoint to take weights from")
         return source
 
-    def _check_fits(self, found: Checkpoint) -> None:
-        """Refuse what cannot be resumed; warn of what changes the result."""
+    def _check_model(self, found: Checkpoint) -> None:
+        """Refuse weights that would mean something else here, whatever their shapes."""
         before, now = found.about["model"], self.trainer.model.config.model_dump()
         # dropout and recompute change no tensor
         free = {"dropout", "recompute", "init_std", "family"}
         pairs = [(f"model.{k}", before.get(k), now[k]) for k in now if k not in free]
-        optimizer = found.about["settings"]["optim"]["name"]
-        pairs.append(("optim.name", optimizer, self.config.optim.name))
-        lines = "; ".join(f"{k}: {a} in the run, {b} asked for" for k, a, b in pairs if a != b)
+        lines = "; ".join(f"{k}: {a} there, {b} asked for" for k, a, b in pairs if a != b)
         if lines:
-            raise ConfigError(
-                f"{self.folder.path} cannot be resumed: {lines}; choose another --out"
-            )
+            raise ConfigError(f"{found.folder} does not fit: {lines}; choose another --out")
         if found.about["data"]["tokenizer_hash"] != self.dataset.tokenizer_hash:
             raise ConfigError(
-                f"{self.folder.path} was trained with another tokenizer than that of "
-                f"{self.dataset.path}; choose another --out, or the data set it was trained on"
+                f"{found.folder} was trained with another tokenizer than that of "
+                f"{self.dataset.path}; prepare the data with --tokenizer RUN/tokenizer.json"
             )
-        if found.about["data"]["train_tokens"] != self.dataset.train.num_tokens:
+
+    def _check_fits(self, found: Checkpoint) -> None:
+        """Refuse what cannot be resumed; warn of what changes the result."""
+        self._check_model(found)
+        before, now = found.about["settings"]["optim"]["name"], self.config.optim.name
+        if before != now:
+            raise ConfigError(
+                f"{found.folder} does not fit: optim.name: {before} there, {now} asked for; "
+                "choose another --out"
+            )
+        if found.about["data"]["train_sha256"] != self.dataset.train.sha256:
             self._warn("the data set has changed: samples will not be those of an unbroken run")
         for line in _settings_changed(found.about["settings"], self.config.model_dump(mode="json")):
             self._warn(f"setting changed: {line}")
@@ -211,13 +245,15 @@ class _Run:
     def loop(self) -> Outcome:
         """Train to the end or to a signal."""
         train = self.config.train
-        with StopRequest() as stop:
+        # finiteness is checked at every step; NumPy's own warnings would only come before the error
+        quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+        with self.stop as stop, quiet:
             try:
                 if self.trainer.step == 0 and self.saved is None:
                     self._evaluate()
                 while self.trainer.step < train.max_steps and stop.signal is None:
                     self._step()
-                    self._after_step(stop)
+                    self._after_step()
                 if stop.signal is not None:
                     self._save()
                     name = signal.Signals(stop.signal).name
@@ -229,8 +265,16 @@ class _Run:
                     self.progress.line(
                         f"done: {self.trainer.step} steps, run in {self.folder.path}"
                     )
+            except OSError as error:
+                at = f"step {self.saved}" if self.saved is not None else "the beginning"
+                raise CupytronError(
+                    f"step {self.trainer.step}: {error.strerror or error}, writing to "
+                    f"{self.folder.path}; make room and start the same command again: it goes on "
+                    f"from {at}"
+                ) from error
             finally:
-                self.metrics.close()
+                with contextlib.suppress(OSError):
+                    self.metrics.close()
         return Outcome(stop.exit_code, self.trainer.step, self.val_loss)
 
     def _step(self) -> None:
@@ -239,9 +283,7 @@ class _Run:
         try:
             result = self.trainer.train_step(inputs, targets)
         except NotFinite as error:
-            last = self.folder.steps()
-            good = self.folder.place(last[-1]) if last else "none"
-            raise NotFinite(f"{error}; last good checkpoint: {good}") from None
+            raise NotFinite(f"{error}; {self._last_good()}") from None
         seconds = time.monotonic() - began
         self.val_loss = None
         self.tokens += inputs.size
@@ -262,7 +304,11 @@ class _Run:
             memory = {"peak_memory_bytes": peak_memory_bytes()}
             self.progress.step({**record, **self.speed.read(), **memory})
 
-    def _after_step(self, stop: StopRequest) -> None:
+    def _last_good(self) -> str:
+        steps = self.folder.steps()
+        return f"last good checkpoint: {self.folder.place(steps[-1]) if steps else 'none'}"
+
+    def _after_step(self) -> None:
         step, train, every = self.trainer.step, self.config.train, self.config.checkpoint.interval
         last = step == train.max_steps
         due = last or (every > 0 and step % every == 0)
@@ -270,7 +316,7 @@ class _Run:
             self._evaluate()
             # the best weights are kept, so they are saved when they are found
             due |= self.val_loss is not None and self.val_loss < self.best
-        if due and stop.signal is None:
+        if due and self.stop.signal is None:
             self._save()
 
     def _evaluate(self) -> None:
@@ -278,10 +324,17 @@ class _Run:
             return
         config = self.config.train
         batches = evaluation_batches(self.dataset.val, config.sequence_length, config.micro_batch)
-        total, counted = self.trainer.evaluate(batches)
+        # a signal does not wait for the rest of a long evaluation
+        wanted = itertools.takewhile(lambda batch: self.stop.signal is None, batches)
+        total, counted = self.trainer.evaluate(wanted)
+        if self.stop.signal is not None:
+            return
         loss = total / counted
         if not math.isfinite(loss):
-            raise NotFinite(f"step {self.trainer.step}: validation loss {loss} is not finite")
+            raise NotFinite(
+                f"step {self.trainer.step}: validation loss {loss} is not finite; lower optim.lr; "
+                f"{self._last_good()}"
+            )
         self.val_loss = loss
         self.metrics.write({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
         self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}")
@@ -300,7 +353,7 @@ class _Run:
             "settings": self.config.model_dump(mode="json"),
             "data": {
                 "tokenizer_hash": self.dataset.tokenizer_hash,
-                "train_tokens": self.dataset.train.num_tokens,
+                "train_sha256": self.dataset.train.sha256,
             },
             "environment": self.environment,
         }

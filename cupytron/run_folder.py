@@ -41,6 +41,20 @@ class RunFolder:
             )
         return self
 
+    def check_new(self) -> None:
+        """Refuse a folder whose config.toml is somebody's own.
+
+        Raises:
+            CupytronError: saying which file is in the way.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise CupytronError(f"{self.path}: is a file; choose another --out")
+        if self.config.exists() and not self.checkpoints.is_dir():
+            raise CupytronError(
+                f"{self.config}: is not a run's (there is no checkpoints/ beside it) and would be "
+                "overwritten; choose another --out"
+            )
+
     def create(self) -> None:
         """Make the folders, and clear away what a killed save left."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -133,6 +147,10 @@ class RunFolder:
                 raise CheckpointError(
                     f"{self.path}: no checkpoint has a validation loss; use --checkpoint last"
                 )
+            try:
+                return self._open(found.step)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; use --checkpoint last or a step") from None
         elif which.isdecimal() and int(which) in self.steps():
             return self._open(int(which))
         else:
@@ -174,7 +192,9 @@ class RunFolder:
         """metrics.jsonl for appending, without what was recorded after `last_step`."""
         if self.metrics.exists():
             kept = [
-                line for record, line in self._metric_lines() if record.get("step", 0) <= last_step
+                line
+                for record, line in self._metric_lines()
+                if isinstance(record.get("step"), int) and record["step"] <= last_step
             ]
             self.write(self.metrics, "".join(kept))
         return open(self.metrics, "a", encoding="utf-8")

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from cupytron.config import RunConfig, load_config
-from cupytron.data import Tokenizer, evaluation_batches, load_tokenizer, open_dataset
+from cupytron.config import RunConfig
+from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
 from cupytron.errors import CheckpointError, CupytronError
 from cupytron.generate import generate
 from cupytron.model import Transformer
+from cupytron.run import open_data
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import evaluate
 
@@ -31,7 +32,7 @@ class TrainedModel:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | None = None,
         max_new_tokens: int = 200,
         *,
         temperature: float = 1.0,
@@ -43,6 +44,8 @@ class TrainedModel:
     ) -> Iterator[str]:
         """The text after `prompt`, piece by piece; arguments as in cupytron.generate.generate.
 
+        Without a prompt it begins as a document does (`default_prompt`).
+
         Raises:
             CupytronError, DataError: no tokenizer, an empty prompt, or an argument out of range.
         """
@@ -53,7 +56,7 @@ class TrainedModel:
                 "read a prompt; prepare the data with --tokenizer FILE"
             )
         separator = tokenizer.separator
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(self.default_prompt() if prompt is None else prompt)
         if not ids and separator is not None:
             ids = [separator]  # a document begins here
         decoder = tokenizer.stream()
@@ -74,7 +77,17 @@ class TrainedModel:
         if text := decoder.finish():
             yield text
 
-    def generate(self, prompt: str, max_new_tokens: int = 200, **options: Any) -> str:
+    def default_prompt(self) -> str:
+        """Nothing if the tokenizer has a separator to begin with, else a new line or the first token."""
+        if self.tokenizer is None or self.tokenizer.separator is not None:
+            return ""
+        try:
+            self.tokenizer.encode("\n")
+        except DataError:
+            return self.tokenizer.decode([0])
+        return "\n"
+
+    def generate(self, prompt: str | None = None, max_new_tokens: int = 200, **options: Any) -> str:
         """The text after `prompt`; options as in `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, **options))
 
@@ -90,7 +103,7 @@ class TrainedModel:
         path = data or self.config.data.path
         if path is None:
             raise CupytronError("the run names no data set; give --data DIR")
-        dataset = open_dataset(path)
+        dataset = open_data(path)
         vocab = int(self.model.config.vocab_size or 0)
         if dataset.vocab_size > vocab:
             raise CupytronError(
@@ -105,7 +118,7 @@ class TrainedModel:
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
         total, counted = evaluate(self.model, batches)
-        loss, num_bytes = total / counted, dataset.val.num_bytes
+        loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
             "val_loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -113,6 +126,14 @@ class TrainedModel:
             "tokens": counted,
             "step": self.step,
         }
+
+
+def _predicted_bytes(dataset: Dataset) -> int | None:
+    """Bytes of the validation text behind its targets: its first token is predicted by nothing."""
+    lengths = dataset.tokenizer.text_lengths() if dataset.tokenizer else None
+    if dataset.val.num_bytes is None or lengths is None:
+        return None
+    return dataset.val.num_bytes - int(lengths[dataset.val.tokens[0]])
 
 
 def load(
@@ -129,12 +150,15 @@ def load(
         CupytronError: no such run or checkpoint, or a damaged one.
     """
     folder = RunFolder(run).require()
-    config = load_config(file=folder.config)
     if checkpoint == "best" and folder.best() is None:
         checkpoint = "last"
     found = folder.find(checkpoint, warn)
-    # the checkpoint's own record: vocabulary and context as they were resolved in training
-    model = Transformer(type(config.model)(**found.about["model"]))
+    # the checkpoint's own record, which its hash covers, not config.toml, which anybody may have edited
+    try:
+        config = RunConfig(**found.about["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{found.folder}: its settings cannot be used: {error}") from None
+    model = Transformer(config.model)
     dtype = np.dtype(config.train.dtype)
     parameters = {f"weight/{name}": p for name, p in model.named_parameters()}
     for name, array in found.tensors():
@@ -148,5 +172,22 @@ def load(
         parameter.data = array.astype(dtype, copy=False)
     if parameters:
         raise CheckpointError(f"{found.folder}: it lacks {', '.join(sorted(parameters))}")
-    tokenizer = load_tokenizer(folder.tokenizer) if folder.tokenizer.exists() else None
+    tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
     return TrainedModel(config, model, tokenizer, found.step)
+
+
+def _tokenizer(folder: RunFolder, expected: str | None) -> Tokenizer | None:
+    """RUN/tokenizer.json, if it is the one that the checkpoint was trained with."""
+    if expected is None:
+        return None
+    if not folder.tokenizer.exists():
+        raise CupytronError(
+            f"{folder.tokenizer}: is missing; copy tokenizer.json there from the run's data set"
+        )
+    tokenizer = load_tokenizer(folder.tokenizer)
+    if tokenizer.hash != expected:
+        raise CupytronError(
+            f"{folder.tokenizer}: is not the tokenizer that the checkpoint was trained with; "
+            "copy tokenizer.json there from the run's data set"
+        )
+    return tokenizer

@@ -69,6 +69,8 @@ class Trainer:
 
         norm = optim.global_norm(self.buckets)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            for bucket in self.buckets:
+                bucket.grad[...] = 0
             raise NotFinite(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; "
                 "lower optim.lr, raise optim.warmup_steps or set optim.clip"

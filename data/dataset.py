@@ -67,11 +67,13 @@ class Split:
         tokens: (num_tokens,) uint16 or uint32.
         num_bytes: of UTF-8 text behind them, or None where that is not known.
         name: for messages.
+        sha256: of the tokens' file, as its sidecar says; None where there is no file.
     """
 
     tokens: np.ndarray
     num_bytes: int | None = None
     name: str = "tokens"
+    sha256: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -193,7 +195,7 @@ def _open_split(path: Path, name: str, sidecar: Sidecar, verify: bool) -> Split:
             f"{file}: its SHA-256 is {found[:16]}..., but {name}.json has {sidecar.sha256[:16]}...: "
             f"the file is damaged; {_AGAIN}"
         )
-    return Split(map_tokens(file, sidecar.dtype), sidecar.bytes, name)
+    return Split(map_tokens(file, sidecar.dtype), sidecar.bytes, name, sidecar.sha256)
 
 
 def check_ids(block: np.ndarray, vocab_size: int, where: str, position: int = 0) -> None:

@@ -41,10 +41,10 @@ ENVIRONMENT = {
 }
 
 
-def make_data(folder: Path, tokenizer: str = "char") -> Path:
+def make_data(folder: Path, tokenizer: str = "char", text: str = TEXT) -> Path:
     """A prepared data set of about 18,000 characters."""
     source = folder / "text.txt"
-    source.write_text(TEXT)
+    source.write_text(text)
     prepare_dataset([str(source)], folder / "data", tokenizer=tokenizer, val_fraction=0.1)
     return folder / "data"
 
@@ -52,7 +52,7 @@ def make_data(folder: Path, tokenizer: str = "char") -> Path:
 def run_here(data: Path, out: Path, *settings: str, **options):
     """Train in this process; returns the outcome."""
     config = load_config(overrides=[*TINY, f'data.path="{data}"', *settings])
-    return train(config, out, ENVIRONMENT, quiet=True, **options)
+    return train(config, out, dict(ENVIRONMENT), quiet=True, **options)
 
 
 def command(data: Path, out: Path, *settings: str) -> list[str]:

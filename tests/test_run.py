@@ -2,14 +2,20 @@
 
 import json
 import signal
+import subprocess
 
 import numpy as np
 import pytest
-from runs import TINY, command, kill_when, make_data, run_here, start
+from runs import ENVIRONMENT, TEXT, TINY, command, kill_when, make_data, run_here, start
 
 import cupytron
+from cupytron import report
 from cupytron.config import load_config
+from cupytron.data import DataError
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
+from cupytron.metrics import Speed
+from cupytron.nn import Attention
+from cupytron.run import train
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import NotFinite, Trainer
 
@@ -17,6 +23,14 @@ from cupytron.trainer import NotFinite, Trainer
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+def rotated_data(folder):
+    """One character replaced by another: a tokenizer of the same size, and other ids."""
+    (folder / "rotated").mkdir(exist_ok=True)
+    if not (folder / "rotated" / "data").exists():
+        make_data(folder / "rotated", text=TEXT.replace("q", "Q"))
+    return folder / "rotated" / "data"
 
 
 def digest(out):
@@ -146,23 +160,22 @@ def test_what_cannot_be_resumed_is_refused(data, tmp_path):
     out = tmp_path / "run"
     run_here(data, out, "train.max_steps=4")
     kept = digest(out)
-    with pytest.raises(ConfigError, match=r"model\.d_model: 16 in the run, 8 asked for"):
+    with pytest.raises(ConfigError, match=r"model\.d_model: 16 there, 8 asked for"):
         run_here(data, out, "model.d_model=8")
     with pytest.raises(CupytronError, match="holds a run at step 4; choose another --out"):
         run_here(data, out, resume="never")
     (tmp_path / "other").mkdir()
     other = make_data(tmp_path / "other", tokenizer="byte")
-    with pytest.raises(ConfigError, match=r"vocab_size|another tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
         run_here(other, out)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        run_here(rotated_data(tmp_path), out)
     assert digest(out) == kept
-    with pytest.raises(ConfigError, match="cannot be resumed"):
+    with pytest.raises(ConfigError, match=r"optim\.name: adamw there"):
         run_here(data, out, "optim.name=sgd")
 
 
 def test_changed_settings_and_environment_are_said(data, tmp_path, capsys):
-    from runs import ENVIRONMENT
-
-    from cupytron.run import train
 
     out = tmp_path / "run"
     run_here(data, out, "train.max_steps=4")
@@ -196,8 +209,6 @@ def test_no_data_set_and_a_file_for_a_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CupytronError, match="is a file"):
         run_here(data, tmp_path / "file")
-    from cupytron.run import train
-
     with pytest.raises(ConfigError, match="--data DIR"):
         train(load_config(), tmp_path / "run", {})
 
@@ -233,11 +244,8 @@ def test_eval_and_sample_read_a_run(data, tmp_path):
     }
     assert result["val_loss"] == pytest.approx(losses[result["step"]], rel=1e-6)
     assert result["perplexity"] == pytest.approx(np.exp(result["val_loss"]))
-    # one character is one byte here; the first token of the split is no target
-    tokens = result["tokens"]
-    assert result["bits_per_byte"] == pytest.approx(
-        result["val_loss"] / np.log(2) * tokens / (tokens + 1)
-    )
+    # one character is one byte here; the first token of the split is no target, its byte not counted
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / np.log(2))
     text = model.generate("the ", max_new_tokens=40, temperature=0)
     assert len(text) == 40 and set(text) <= set("the 0123456789quickbrownfoxesjumpoverlazydogs.\n")
     assert text == "".join(model.stream("the ", 40, temperature=0))
@@ -245,3 +253,167 @@ def test_eval_and_sample_read_a_run(data, tmp_path):
         model.generate("\u6f22")
     with pytest.raises(CupytronError, match="prompt is empty"):
         model.generate("")
+
+
+# --- what a reviewer found
+
+
+def test_residual_dropout_draws_a_new_mask_at_every_step():
+    """Steps on the same tokens with the same weights: only the step's number differs."""
+    trainer = Trainer(load_config(overrides=[*TINY, "model.vocab_size=11", "optim.lr=1e-30"]))
+    trainer.materialize()
+    for _, layer in trainer.model.named_layers():
+        if isinstance(layer, Attention):
+            layer.dropout = 0.0  # of the probabilities: leave the residual one alone
+    inputs, targets = np.random.default_rng(1).integers(0, 11, (2, 8, 16))
+    losses = [trainer.train_step(inputs, targets).loss for _ in range(3)]
+    assert len(set(losses)) == 3
+    trainer.step = 0
+    assert trainer.train_step(inputs, targets).loss == losses[0]
+
+
+def test_evaluation_does_not_drop():
+    losses = []
+    for dropout in (0.0, 0.5):
+        settings = [*TINY, "model.vocab_size=11", f"model.dropout={dropout}"]
+        trainer = Trainer(load_config(overrides=settings))
+        trainer.materialize()
+        inputs, targets = np.random.default_rng(1).integers(0, 11, (2, 8, 16))
+        losses.append(trainer.evaluate([(inputs, targets)]))
+    assert losses[0] == losses[1]
+
+
+def test_tokens_and_time_go_on_when_resumed(data, tmp_path):
+    out = tmp_path / "run"
+    run_here(data, out, "train.max_steps=5")
+    before = RunFolder(out).read_metrics()[-2]
+    run_here(data, out, "train.max_steps=7")
+    records = [r for r in RunFolder(out).read_metrics() if "loss" in r]
+    assert [r["tokens"] for r in records] == [128 * (i + 1) for i in range(7)]
+    times = [r["elapsed_seconds"] for r in records]
+    assert times == sorted(times) and times[-1] > before["elapsed_seconds"]
+
+
+def test_speed_counts_from_the_last_reading():
+    speed = Speed(Trainer(load_config(overrides=["model.vocab_size=11"])).model.config, 64)
+    speed.add(100, 1.0)
+    assert speed.read()["tokens_per_second"] == pytest.approx(100)
+    speed.add(100, 4.0)
+    assert speed.read()["tokens_per_second"] == pytest.approx(25)
+
+
+def test_weights_of_another_kind_of_model_are_not_taken(data, tmp_path):
+    """The shapes would fit: 2 heads or 4, GELU or ReLU."""
+    run_here(data, tmp_path / "first", "train.max_steps=2")
+    for setting in ("model.num_heads=4", "model.activation=relu"):
+        with pytest.raises(ConfigError, match="does not fit: model"):
+            run_here(data, tmp_path / "second", setting, init_from=tmp_path / "first")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        run_here(rotated_data(tmp_path), tmp_path / "second", init_from=tmp_path / "first")
+
+
+def test_a_changed_data_set_is_noticed(tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    own = make_data(tmp_path / "own")
+    out = tmp_path / "run"
+    run_here(own, out, "train.max_steps=2")
+    content = bytearray((own / "train.bin").read_bytes())
+    content[100] ^= 1
+    (own / "train.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.bin"):
+        run_here(own, out)
+    # another text of the same length and alphabet, properly prepared
+    (tmp_path / "other").mkdir()
+    swapped = make_data(tmp_path / "other", text=TEXT.replace("quick", "kciuq"))
+    config = load_config(overrides=[*TINY, f'data.path="{swapped}"', "train.max_steps=3"])
+    train(config, out, dict(ENVIRONMENT))
+    assert "the data set has changed" in capsys.readouterr().out
+
+
+def test_an_edited_config_or_a_swapped_tokenizer_does_not_change_a_trained_model(data, tmp_path):
+    out = tmp_path / "run"
+    run_here(data, out)
+    loss = cupytron.load(out).evaluate()
+    (out / "config.toml").write_text("")
+    assert cupytron.load(out).evaluate() == loss
+    other = rotated_data(tmp_path) / "tokenizer.json"
+    (out / "tokenizer.json").write_bytes(other.read_bytes())
+    with pytest.raises(CupytronError, match="is not the tokenizer"):
+        cupytron.load(out)
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(CupytronError, match=r"is missing; copy tokenizer\.json there"):
+        cupytron.load(out)
+
+
+def test_somebody_s_own_config_is_not_overwritten(data, tmp_path):
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / "config.toml").write_text("# my notes\n")
+    with pytest.raises(CupytronError, match="would be overwritten"):
+        run_here(data, out)
+    assert (out / "config.toml").read_text() == "# my notes\n"
+    with pytest.raises(ConfigError, match="--out is empty"):
+        run_here(data, "")
+
+
+def test_config_toml_is_resolved(data, tmp_path):
+    run_here(data, tmp_path / "run", "train.max_steps=1")
+    config = load_config(file=tmp_path / "run" / "config.toml")
+    vocab = RunFolder(tmp_path / "run").find("last", print).about["model"]["vocab_size"]
+    assert config.model.vocab_size == vocab > 20
+    assert (config.model.d_ff, config.model.position) == (64, "learned")
+    # the decay follows max_steps, also when the run is made longer
+    assert (config.optim.min_lr, config.optim.decay_steps) == (1e-4, None)
+
+
+def test_a_signal_does_not_wait_for_a_long_evaluation(data, tmp_path):
+    out = tmp_path / "run"
+    settings = ["train.micro_batch=1", "train.global_batch=1", "train.sequence_length=1"]
+    process = start(command(data, out, "train.max_steps=100000", *settings))
+    # the evaluation at the start takes some 1,800 batches of one token
+    assert kill_when(process, RunFolder(out).metrics.exists, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert RunFolder(out).steps() == [0] and "validation" not in output
+
+
+def test_a_run_outlives_its_terminal_and_its_pipe(data, tmp_path):
+    long = ["train.max_steps=100000", "checkpoint.interval=0", "train.eval_interval=0"]
+    process = start(command(data, tmp_path / "hup", *long))
+    metrics = RunFolder(tmp_path / "hup").metrics
+    assert kill_when(process, lambda: metrics.exists() and metrics.stat().st_size, signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and RunFolder(tmp_path / "hup").steps()
+    # the reader leaves after the first line; there is no stdout at all
+    for name, script in (("pipe", '"$@" | head -1; exit ${PIPESTATUS[0]}'), ("closed", '"$@" >&-')):
+        words = command(data, tmp_path / name, "train.max_steps=30")
+        done = subprocess.run(
+            ["bash", "-c", script, "-", *words], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert RunFolder(tmp_path / name).steps()[-1] == 30
+
+
+def test_a_vocabulary_of_one_is_refused_in_words(tmp_path):
+    data = make_data(tmp_path, text="a" * 500)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=1: .*another tokenizer"):
+        run_here(data, tmp_path / "run")
+
+
+def test_gradients_do_not_keep_what_was_not_finite():
+    trainer = Trainer(load_config(overrides=[*TINY, "model.vocab_size=11"]))
+    trainer.materialize()
+    inputs, targets = np.random.default_rng(1).integers(0, 11, (2, 8, 16))
+    weight = trainer.model.norm.weight.data
+    weight[0] = np.inf
+    with np.errstate(all="ignore"), pytest.raises(NotFinite):
+        trainer.train_step(inputs, targets)
+    weight[0] = 1.0
+    assert np.isfinite(trainer.train_step(inputs, targets).grad_norm)
+
+
+def test_report_and_sample_of_an_alphabet_without_a_new_line(tmp_path):
+    data = make_data(tmp_path, text="abcd" * 400)
+    run_here(data, tmp_path / "run", "train.max_steps=2")
+    assert cupytron.load(tmp_path / "run").generate(max_new_tokens=5)
+    assert report.read_report(tmp_path / "run").sample
