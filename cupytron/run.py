@@ -107,7 +107,7 @@ def train(
     try:
         run = _Run(settings, folder, dataset, environment, progress)
         folder.path.mkdir(parents=True, exist_ok=True)  # not before the settings have proved good
-        with folder.lock():
+        with folder.lock(), run.stop:
             run.start(init_from)
             return run.loop()
     finally:
@@ -247,7 +247,8 @@ class _Run:
         train = self.config.train
         # finiteness is checked at every step; NumPy's own warnings would only come before the error
         quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-        with self.stop as stop, quiet:
+        stop = self.stop
+        with quiet:
             try:
                 if self.trainer.step == 0 and self.saved is None:
                     self._evaluate()
