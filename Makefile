@@ -59,6 +59,9 @@ acceptance: .venv/torch
 bench: .venv/torch
 	$(BIN)/python benchmarks/bench.py
 
+test-mpi-%:
+	@echo "this version trains in one process; $@ comes with data parallelism" && exit 1
+
 gpu-check gpu-bench:
 	@echo "this version runs on the CPU; $@ comes with the GPU backend" && exit 1
 

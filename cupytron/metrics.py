@@ -92,7 +92,7 @@ class Progress:
             from rich.console import Console
 
             self._console = Console(highlight=False)
-            self._status = self._console.status("")
+            self._status = self._console.status("", refresh_per_second=4)
             self._status.start()
 
     def step(self, record: dict[str, Any]) -> None:
@@ -103,10 +103,11 @@ class Progress:
             f"step {record['step']:>{len(str(self._max_steps))}}/{self._max_steps}"
             f"  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
             f"  {record['tokens_per_second']:,.0f} tokens/s"
-            f"  {record['gflops_per_second']:,.0f} ({record['gflops_per_second_causal']:,.0f} causal)"
+            f"  {record['gflops_per_second']:,.0f}/{record['gflops_per_second_causal']:,.0f}"
             f" GFLOP/s  {record['peak_memory_bytes'] / 2**20:,.0f} MB  left {self._left(record['step'])}"
         )
-        self.line(text)
+        if not self._live or record["step"] == self._max_steps:
+            self.line(text)
         if self._live:
             self._status.update(text)
 

@@ -186,7 +186,8 @@ class _Run:
         self.progress.line(
             f"{model.family}, {model.num_parameters():,} parameters; "
             f"{self.dataset.train.num_tokens:,} training tokens, {self.config.tokens_per_step:,} "
-            f"a step, {self.loader.samples_per_epoch:,} sequences an epoch"
+            f"a step, {self.loader.samples_per_epoch:,} sequences an epoch; "
+            "GFLOP/s with attention counted whole/causal"
         )
 
     def _warn(self, text: str) -> None:
