@@ -155,7 +155,7 @@ def load(
     found = folder.find(checkpoint, warn)
     # the checkpoint's own record, which its hash covers, not config.toml, which anybody may have edited
     try:
-        config = RunConfig(**found.about["settings"])
+        config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{found.folder}: its settings cannot be used: {error}") from None
     model = Transformer(config.model)
