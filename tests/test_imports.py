@@ -18,6 +18,7 @@ LAYERS = [
     {"errors"},
     {"process", "config", "config_io", "config_checks", "config_reader"},
     {"backend"},
+    {"comm"},
     {"ops"},
     {"layer"},
     {"nn"},
@@ -61,6 +62,8 @@ def test_imports_go_one_way():
             if (own, name) == ("process", "backend"):
                 continue
             assert layer_of(name) <= layer_of(own), f"{path} imports cupytron.{name}"
+            # the model reads as on one device
+            assert name != "comm" or own not in ("ops", "layer", "nn", "model"), path
 
 
 def test_data_needs_nothing_of_the_library():

@@ -1,0 +1,87 @@
+"""The mesh: ranks in a Cartesian grid of pipeline, data and tensor axes."""
+
+from collections.abc import Mapping
+
+from cupytron.comm.communicator import Communicator, SelfCommunicator
+from cupytron.errors import CupytronError
+
+AXES = ("pp", "dp", "tp")  # outermost first: tensor-parallel ranks are neighbours
+
+
+class ParallelContext:
+    """A grid of ranks, and this rank's groups along its axes.
+
+    Rank (i_pp, i_dp, i_tp) of the grid is rank (i_pp dp + i_dp) tp + i_tp of the world.
+
+    Args:
+        sizes: a mapping such as {"tp": 2, "dp": 2}, in place of the keywords.
+        tp, pp: sizes of the tensor and pipeline axes. dp: of the data axis; None: what is left.
+        world: all ranks; None: this process alone.
+
+    Attributes:
+        world, tp, pp, dp: communicators. coordinates: this rank's place by axis. sizes: by axis.
+
+    Raises:
+        CupytronError: the sizes' product is not the number of ranks.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp: int | None = None,
+        world: Communicator | None = None,
+    ) -> None:
+        if sizes is not None:
+            if unknown := set(sizes) - set(AXES):
+                raise CupytronError(
+                    f"unknown axis {', '.join(sorted(unknown))}; the axes are tp, pp, dp"
+                )
+            tp, pp, dp = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("dp")
+        self.world = world or SelfCommunicator()
+        self.sizes = _complete(self.world.size, tp, pp, dp)
+        self.coordinates = place(self.world.rank, self.sizes)
+        self.tp = self._along("tp")
+        self.pp = self._along("pp")
+        self.dp = self._along("dp")
+
+    def _along(self, axis: str) -> Communicator:
+        """The ranks that differ from this one along `axis` only."""
+        color = 0
+        for other in AXES:
+            if other != axis:
+                color = color * self.sizes[other] + self.coordinates[other]
+        return self.world.split(color, self.coordinates[axis], axis)
+
+
+def place(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Coordinates of a rank, by axis."""
+    coordinates = {}
+    for axis in reversed(AXES):
+        rank, coordinates[axis] = divmod(rank, sizes[axis])
+    return coordinates
+
+
+def _complete(ranks: int, tp: int, pp: int, dp: int | None) -> dict[str, int]:
+    for axis, size in (("tp", tp), ("pp", pp), ("dp", dp)):
+        if size is not None and size < 1:
+            raise CupytronError(f"{axis}={size} must be at least 1")
+    if dp is None and ranks % (tp * pp) == 0:
+        dp = ranks // (tp * pp)
+    if dp is None or tp * pp * dp != ranks:
+        asked = f"tp={tp} x pp={pp}" + ("" if dp is None else f" x dp={dp}")
+        raise CupytronError(f"{asked} does not fit {ranks} ranks; choose from {_fitting(ranks)}")
+    return {"pp": pp, "dp": dp, "tp": tp}
+
+
+def _fitting(ranks: int) -> str:
+    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
+    fits = [
+        f"tp={tp} pp={pp} dp={ranks // tp // pp}"
+        for tp in divisors
+        for pp in divisors
+        if ranks % (tp * pp) == 0
+    ]
+    return "; ".join(fits[:12]) + ("; ..." if len(fits) > 12 else "")

@@ -1,0 +1,225 @@
+"""What every communicator must do, at any number of ranks: bodies for threads and for mpirun.
+
+mpiexec -n 4 python tests/comm_contract.py
+"""
+
+import sys
+
+import ml_dtypes
+import numpy as np
+
+from cupytron.comm import CommunicationError, Communicator, ParallelContext
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32, np.int64, np.uint16]
+
+
+def part(rank, shape, dtype):
+    """A rank's array: small whole numbers, whose sums are exact in every dtype."""
+    return np.random.default_rng(100 + rank).integers(0, 5, shape).astype(dtype)
+
+
+def everyone(comm, shape, dtype):
+    return [part(rank, shape, dtype) for rank in range(comm.size)]
+
+
+def equal(got, want, dtype):
+    assert got.dtype == dtype, (got.dtype, dtype)
+    np.testing.assert_array_equal(got.astype(np.float64), np.asarray(want).astype(np.float64))
+
+
+def check_all_reduce(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for shape in ((1,), (7, 3), (2 * comm.size,)):
+            x = part(comm.rank, shape, dtype)
+            assert comm.all_reduce(x) is x
+            equal(x, sum(a.astype(np.float64) for a in everyone(comm, shape, dtype)), dtype)
+
+
+def check_half_sums_are_rounded_once(comm: Communicator) -> None:
+    """In the sum 256 + 1 + 1 + ... each bfloat16 addition would lose the 1."""
+    x = np.full(5, 256 if comm.rank == 0 else 1, ml_dtypes.bfloat16)
+    comm.all_reduce(x)
+    want = np.float32(256 + comm.size - 1).astype(ml_dtypes.bfloat16)
+    equal(x, np.full(5, want), ml_dtypes.bfloat16)
+
+
+def check_results_have_the_same_bits_everywhere(comm: Communicator) -> None:
+    x = np.random.default_rng(comm.rank).normal(size=1001).astype(np.float32)
+    comm.all_reduce(x)
+    assert len({bytes(other) for other in comm.gather_objects(x.tobytes())}) == 1
+
+
+def check_all_gather(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        x = part(comm.rank, (3, 2), dtype)
+        equal(comm.all_gather(x), np.concatenate(everyone(comm, (3, 2), dtype)), dtype)
+        equal(x, part(comm.rank, (3, 2), dtype), dtype)
+
+
+def check_reduce_scatter(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        shape = (2 * comm.size, 3)
+        total = sum(a.astype(np.float64) for a in everyone(comm, shape, dtype))
+        mine = comm.reduce_scatter(part(comm.rank, shape, dtype))
+        equal(mine, total[2 * comm.rank : 2 * comm.rank + 2], dtype)
+
+
+def check_all_to_all(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        shape = (2 * comm.size, 3)
+        got = comm.all_to_all(part(comm.rank, shape, dtype))
+        mine = slice(2 * comm.rank, 2 * comm.rank + 2)
+        equal(got, np.concatenate([a[mine] for a in everyone(comm, shape, dtype)]), dtype)
+
+
+def check_broadcast(comm: Communicator) -> None:
+    for dtype in DTYPES:
+        for root in {0, comm.size - 1}:
+            x = part(comm.rank, (4,), dtype)
+            comm.broadcast(x, root)
+            equal(x, part(root, (4,), dtype), dtype)
+
+
+def check_ring_of_sends(comm: Communicator) -> None:
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for dtype in DTYPES:
+        out = np.empty((2, 3), dtype)
+        (got,) = comm.exchange([(part(comm.rank, (2, 3), dtype), right)], [(out, left)])
+        assert got is out
+        equal(out, part(left, (2, 3), dtype), dtype)
+
+
+def check_messages_of_one_pair_keep_their_order(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    if comm.rank == 0:
+        for i in range(5):
+            comm.send(np.array([i]), comm.size - 1)
+    elif comm.rank == comm.size - 1:
+        assert [int(comm.recv(np.empty(1, np.int64), 0)[0]) for _ in range(5)] == list(range(5))
+
+
+def check_handles(comm: Communicator) -> None:
+    """Several at once, waited for in another order on every other rank."""
+    arrays = [part(comm.rank + 10 * i, (50,), np.float64) for i in range(4)]
+    wants = [
+        sum(part(rank + 10 * i, (50,), np.float64) for rank in range(comm.size)) for i in range(4)
+    ]
+    handles = [comm.all_reduce(x, async_op=True) for x in arrays]
+    gather = comm.all_gather(np.array([comm.rank]), async_op=True)
+    scatter = comm.reduce_scatter(np.arange(comm.size), async_op=True)
+    order = range(4) if comm.rank % 2 else reversed(range(4))
+    for i in order:
+        handles[i].wait()
+        assert handles[i].wait() is arrays[i]  # a second time is free
+    for x, want in zip(arrays, wants, strict=True):
+        np.testing.assert_array_equal(x, want)
+    np.testing.assert_array_equal(scatter.wait(), [comm.rank * comm.size])
+    np.testing.assert_array_equal(gather.wait(), np.arange(comm.size))
+
+
+def check_objects_and_barrier(comm: Communicator) -> None:
+    assert comm.gather_objects({"rank": comm.rank}) == [{"rank": r} for r in range(comm.size)]
+    comm.barrier()
+
+
+def check_split(comm: Communicator) -> None:
+    half = comm.split(comm.rank % 2, -comm.rank, "half")
+    members = [r for r in reversed(range(comm.size)) if r % 2 == comm.rank % 2]
+    assert (half.size, half.rank, half.axis) == (len(members), members.index(comm.rank), "half")
+    assert half.all_gather(np.array([comm.rank])).tolist() == members
+    again = half.split(0, half.rank, "again")
+    assert again.all_gather(np.array([comm.rank])).tolist() == members
+
+
+def check_counters(comm: Communicator) -> None:
+    fresh = comm.split(0, comm.rank, "counted")
+    n = fresh.size
+    fresh.all_reduce(np.zeros(4 * n, np.float32))
+    fresh.all_gather(np.zeros(5, np.float64))
+    fresh.reduce_scatter(np.zeros(2 * n, np.float16))
+    fresh.all_to_all(np.zeros(n, np.int64))
+    assert fresh.bytes == {
+        "all_reduce": 2 * 16 * (n - 1),
+        "all_gather": 40 * (n - 1),
+        "reduce_scatter": 4 * (n - 1),
+        "all_to_all": 8 * (n - 1),
+    }
+    assert all(fresh.calls[name] == 1 for name in fresh.bytes)
+
+
+def check_disagreement_is_named(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    last = comm.size - 1
+    with comm.checking():
+        comm.all_reduce(np.zeros(3))
+        x = np.zeros(4 if comm.rank == last else 3)
+        try:
+            comm.all_reduce(x)
+        except CommunicationError as error:
+            assert f"rank {last} all_reduce of (4,)" in str(error), error
+        else:
+            raise AssertionError("the disagreement was not seen")
+
+
+def check_bad_arguments(comm: Communicator) -> None:
+    def refused(call, words):
+        try:
+            call()
+        except CommunicationError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(words)
+
+    refused(lambda: comm.all_reduce(np.zeros((4, 4)).T[:, :2]), "not contiguous")
+    refused(lambda: comm.send(np.zeros(1), comm.size), "is not a rank")
+    refused(lambda: comm.recv(np.zeros(1), -1), "is not a rank")
+    refused(lambda: comm.broadcast(np.zeros(1), comm.size), "is not a rank")
+    if comm.size > 1:
+        refused(lambda: comm.reduce_scatter(np.zeros(comm.size + 1)), "cannot be cut")
+        refused(lambda: comm.all_to_all(np.zeros(comm.size + 1)), "cannot be cut")
+
+
+def check_mesh(comm: Communicator) -> None:
+    """Sums over the three axes, one after the other, are the sum over all."""
+    for tp in (1, 2, 4):
+        for pp in (1, 2, 3):
+            if comm.size % (tp * pp):
+                continue
+            context = ParallelContext(tp=tp, pp=pp, world=comm)
+            x = np.array([2.0**comm.rank])
+            for axis in (context.tp, context.dp, context.pp):
+                axis.all_reduce(x)
+            assert x[0] == 2.0**comm.size - 1
+            first = comm.rank - context.coordinates["tp"]
+            assert context.tp.all_gather(np.array([comm.rank])).tolist() == list(
+                range(first, first + tp)
+            )
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+
+
+def main() -> None:
+    from cupytron.comm.mpi import MPICommunicator
+
+    comm = MPICommunicator()
+    for check in CHECKS:
+        check(comm)
+        comm.barrier()
+    if comm.rank == 0:
+        print(f"{len(CHECKS)} checks on {comm.size} ranks", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        import traceback
+
+        from mpi4py import MPI
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
