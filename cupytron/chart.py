@@ -137,7 +137,9 @@ class _Frame:
         for value in values:
             x, text = self.x(value), tick_label(value, spacing)
             parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/>')
-            parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{text}</text>')
+            # a label in the right corner would be cut off if it were centred
+            anchor = "end" if x > right - 4 * len(text) else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="{anchor}">{text}</text>')
         y = self.height - 4
         parts.append(f'<text x="{right}" y="{y}" text-anchor="end">{escape(x_label)}</text>')
         return parts
