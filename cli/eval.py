@@ -4,19 +4,13 @@ import json
 
 import click
 
-from cupytron.cli.options import prepare_for_run
+from cupytron.cli.options import checkpoint_option, prepare_for_run
 
 
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--data", metavar="DIR", help="Another data set of the same tokenizer.")
-@click.option(
-    "--checkpoint",
-    default="best",
-    show_default=True,
-    metavar="best|last|STEP",
-    help="Which weights.",
-)
+@checkpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print an object.")
 def command(run: str, data: str | None, checkpoint: str, as_json: bool) -> None:
     """Loss of a run over the whole validation split."""

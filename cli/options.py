@@ -85,6 +85,16 @@ class Settings:
         return load_config(self.preset, file, self.overrides)
 
 
+# which of a run's checkpoints a command reads
+checkpoint_option = click.option(
+    "--checkpoint",
+    default="best",
+    show_default=True,
+    metavar="best|last|STEP",
+    help="Which weights.",
+)
+
+
 def prepare_process(config: "RunConfig") -> dict[str, Any]:
     """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
     from cupytron.errors import ConfigError

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from cupytron.cli.options import prepare_for_run
+from cupytron.cli.options import checkpoint_option, prepare_for_run
 
 
 @click.command()
@@ -23,13 +23,7 @@ from cupytron.cli.options import prepare_for_run
 @click.option("--top-p", type=float, metavar="P", help="Choose among the fewest that hold P.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="M")
 @click.option("--seed", type=int, default=1, show_default=True, metavar="S")
-@click.option(
-    "--checkpoint",
-    default="best",
-    show_default=True,
-    metavar="best|last|STEP",
-    help="Which weights.",
-)
+@checkpoint_option
 def command(
     run: str,
     prompt: str | None,

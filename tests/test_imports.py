@@ -26,7 +26,7 @@ LAYERS = [
     {"checkpoint"},
     {"parallel", "optim"},
     {"trainer", "generate", "run_folder"},
-    {"metrics", "bench", "run", "trained", "report", "report_page", "chart"},
+    {"stop", "metrics", "bench", "run", "trained", "report", "report_page", "chart"},
     {"cli"},
 ]
 
