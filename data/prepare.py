@@ -124,6 +124,9 @@ def _check_output(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: a file; choose a folder for the output")
+    if os.path.ismount(out):
+        # the finished folder takes its name by renaming, which no mount point allows
+        raise DataError(f"{out}: a mount point; choose a folder inside it, such as {out / 'data'}")
     if not any(out.iterdir()):
         return
     if not is_prepared(out):

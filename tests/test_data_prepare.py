@@ -367,3 +367,10 @@ def test_memory_does_not_grow_with_the_corpus(here, tokenizer, sizes):
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(result.stdout) * 1024)
     assert peaks[1] - peaks[0] < 16 << 20, peaks
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path):
+    """The finished folder could not take its place."""
+    (tmp_path / "text.txt").write_text("some text")
+    with pytest.raises(DataError, match="a mount point; choose a folder inside it"):
+        prepare_dataset([tmp_path / "text.txt"], "/proc", tokenizer="byte")
