@@ -20,6 +20,6 @@ cat <<END
 The run is in $run (rm -r $run to train it again). Worth trying next:
 
   $cupytron sample $run --prompt 'import ' --num-samples 3
-  $cupytron train --out $run --max-steps 2000     # goes on where it stopped
+  $cupytron train --out $run --max-steps 1600     # goes on where it stopped
   $cupytron train --preset demo --set model.family=llama --data $data --out $RUNS/demo-llama
 END
