@@ -67,6 +67,6 @@ def command(
 
 def write(text: str) -> None:
     """Show text as it comes; on a terminal without control codes, which a model may have learnt."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         text = "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
     click.echo(text, nl=False)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -47,14 +48,41 @@ def one_blas_thread() -> Iterator[None]:
     Sharing out a product of 50 microseconds brings little, and costs a lot if the other thread has to
     wait for its core.
     """
-    before = [library.get_num_threads() for library in _blas()]
-    for library in _blas():
-        library.set_num_threads(1)
+    _one_thread.enter()
     try:
         yield
     finally:
-        for library, count in zip(_blas(), before, strict=True):
-            library.set_num_threads(count)
+        _one_thread.leave()
+
+
+class _OneThread:
+    """Several threads may ask for one BLAS thread at once; in the end the number is what it was.
+
+    OpenBLAS keeps the number for the process and for each thread that has set it, so each sets it for
+    itself, to what it was before the first of them came.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[int] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = [library.get_num_threads() for library in _blas()]
+            self._users += 1
+            for library in _blas():
+                library.set_num_threads(1)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            for library, count in zip(_blas(), self._before, strict=True):
+                library.set_num_threads(count)
+
+
+_one_thread = _OneThread()
 
 
 def slice_count(xp: ModuleType, length: int, block: int) -> int:

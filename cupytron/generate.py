@@ -139,7 +139,8 @@ def choose(
     if temperature == 0:
         return int(np.argmax(scores))
     # the largest becomes 0: however small the temperature, nothing overflows
-    scores = (scores - scores.max()) / temperature
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / temperature
     order = np.argsort(-scores, kind="stable")
     if top_k is not None:
         order = order[:top_k]

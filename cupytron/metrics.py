@@ -75,10 +75,7 @@ class MetricsWriter:
 
 
 class Progress:
-    """Lines about a run: one that renews itself on a terminal, plain ones otherwise.
-
-    Under a launcher lines are plain: there stdout looks like a terminal on rank 0 even if it is none.
-    """
+    """Lines about a run: one that renews itself on a terminal, plain ones otherwise."""
 
     def __init__(self, max_steps: int, quiet: bool = False) -> None:
         self._max_steps = max_steps

@@ -40,7 +40,8 @@ def prepare(
     """Set up the process and say what was done; call it before NumPy is imported.
 
     Args:
-        threads: of this process; None: the cores of its affinity mask.
+        threads: of this process; None: what OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else the
+            cores of its affinity mask.
         blas_kernel: "auto", "off" or an OpenBLAS kernel's name.
         malloc: keep freed pages (glibc only).
         deterministic: one thread.
@@ -49,7 +50,7 @@ def prepare(
     """
     early = "numpy" not in sys.modules
     cores = available_cores()
-    count = 1 if deterministic else threads or cores
+    count = 1 if deterministic else threads or _threads_asked_for() or cores
     found = os.environ.get("OPENBLAS_CORETYPE")
     kernel = _choose_kernel(blas_kernel) if early else None
     if kernel:
@@ -108,6 +109,15 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for k in keys
         if before.get(k) != now.get(k)
     ]
+
+
+def _threads_asked_for() -> int | None:
+    """What OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says: somebody may share this machine."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 0:
+            return int(value)
+    return None
 
 
 def launched_tasks() -> int:

@@ -77,6 +77,10 @@ def train(
         with folder.lock(), run.stop:
             run.start(init_from)
             return run.loop()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise CupytronError(f"{folder.path}: {error.strerror or error}; make room there") from error
     finally:
         progress.close()
 
@@ -143,6 +147,9 @@ class _Run:
             self.progress.line(f"weights from {source.folder}")
         self.folder.create()
         self.folder.set_aside_after(self.trainer.step if found else -1)
+        if found and _validation_hash(found) == self.dataset.val.sha256:
+            best = self.folder.best(self._warn)
+            self.best = best.about["val_loss"] if best else math.inf
         self.folder.write(self.folder.config, self.config.to_toml())
         self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
         if self.dataset.tokenizer_hash:
@@ -162,7 +169,7 @@ class _Run:
 
     def _init_source(self, path: str | Path) -> Checkpoint:
         folder = RunFolder(path).require()
-        source = folder.best() or folder.newest(self._warn)
+        source = folder.best(self._warn) or folder.newest(self._warn)
         if source is None:
             raise CheckpointError(f"{folder.path}: no whole checkpoint to take weights from")
         return source
@@ -206,8 +213,6 @@ class _Run:
         self.elapsed = float(found.about["elapsed_seconds"])
         self.val_loss = found.about["val_loss"]
         self.saved = found.step
-        best = self.folder.best()
-        self.best = best.about["val_loss"] if best else math.inf
         self.progress.line(f"resuming from {found.folder} at step {found.step}")
 
     def loop(self) -> Outcome:
@@ -218,8 +223,11 @@ class _Run:
         stop = self.stop
         with quiet:
             try:
-                if self.trainer.step == 0 and self.saved is None:
+                # at the start, and where a signal cut an evaluation short
+                if self.val_loss is None and self._evaluation_due():
                     self._evaluate()
+                    if self.saved is not None and self._is_best():
+                        self._save(again=True)
                 while self.trainer.step < train.max_steps and stop.signal is None:
                     self._step()
                     self._after_step()
@@ -278,15 +286,23 @@ class _Run:
         return f"last good checkpoint: {self.folder.place(steps[-1]) if steps else 'none'}"
 
     def _after_step(self) -> None:
-        step, train, every = self.trainer.step, self.config.train, self.config.checkpoint.interval
-        last = step == train.max_steps
-        due = last or (every > 0 and step % every == 0)
-        if last or (train.eval_interval > 0 and step % train.eval_interval == 0):
+        step, every = self.trainer.step, self.config.checkpoint.interval
+        due = step == self.config.train.max_steps or (every > 0 and step % every == 0)
+        if self._evaluation_due():
             self._evaluate()
-            # the best weights are kept, so they are saved when they are found
-            due |= self.val_loss is not None and self.val_loss < self.best
+            due |= (
+                self._is_best()
+            )  # the best weights are kept, so they are saved when they are found
         if due and self.stop.signal is None:
             self._save()
+
+    def _evaluation_due(self) -> bool:
+        step, train = self.trainer.step, self.config.train
+        every = train.eval_interval
+        return step in (0, train.max_steps) or (every > 0 and step % every == 0)
+
+    def _is_best(self) -> bool:
+        return self.val_loss is not None and self.val_loss < self.best
 
     def _evaluate(self) -> None:
         if self.dataset.val.num_tokens < 2:
@@ -308,8 +324,8 @@ class _Run:
         self.metrics.write({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
         self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}")
 
-    def _save(self) -> None:
-        if self.saved == self.trainer.step:
+    def _save(self, again: bool = False) -> None:
+        if self.saved == self.trainer.step and not again:
             return
         self.metrics.flush()
         about = {
@@ -323,6 +339,7 @@ class _Run:
             "data": {
                 "tokenizer_hash": self.dataset.tokenizer_hash,
                 "train_sha256": self.dataset.train.sha256,
+                "val_sha256": self.dataset.val.sha256,
             },
             "environment": self.environment,
         }
@@ -331,6 +348,10 @@ class _Run:
         if self.val_loss is not None:
             self.best = min(self.best, self.val_loss)
         self.folder.prune(self.config.checkpoint.keep)
+
+
+def _validation_hash(found: Checkpoint) -> str | None:
+    return found.about["data"]["val_sha256"]
 
 
 def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

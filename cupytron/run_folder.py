@@ -42,16 +42,18 @@ class RunFolder:
         return self
 
     def check_new(self) -> None:
-        """Refuse a folder whose config.toml is somebody's own.
+        """Refuse a folder with files of somebody's own under our names.
 
         Raises:
             CupytronError: saying which file is in the way.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CupytronError(f"{self.path}: is a file; choose another --out")
-        if self.config.exists() and not self.checkpoints.is_dir():
+        ours = (self.config, self.environment, self.tokenizer, self.metrics)
+        found = [path for path in ours if path.exists()]
+        if found and not self.checkpoints.is_dir():
             raise CupytronError(
-                f"{self.config}: is not a run's (there is no checkpoints/ beside it) and would be "
+                f"{found[0]}: is not a run's (there is no checkpoints/ beside it) and would be "
                 "overwritten; choose another --out"
             )
 
@@ -116,10 +118,30 @@ class RunFolder:
                 warn(f"{error}; falling back to an older one")
         return None
 
-    def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest validation loss, of those whose manifest is whole."""
-        known = [c for c in self._readable() if c.about.get("val_loss") is not None]
-        return min(known, key=lambda c: (c.about["val_loss"], c.step), default=None)
+    def best(self, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
+        """The checkpoint with the lowest validation loss.
+
+        Only losses over the newest checkpoint's validation set are compared: others mean something else.
+
+        Args:
+            warn: verify the files too, and tell of those passed over; None: trust whole manifests.
+        """
+        readable = list(self._readable())
+        known = [
+            c
+            for c in readable
+            if c.about.get("val_loss") is not None
+            and _validation_set(c) == _validation_set(readable[-1])
+        ]
+        for found in sorted(known, key=lambda c: (c.about["val_loss"], c.step)):
+            if warn is None:
+                return found
+            try:
+                found.verify()
+                return found
+            except CheckpointError as error:
+                warn(f"{error}; passing over this best one")
+        return None
 
     def _readable(self) -> Iterator[Checkpoint]:
         for step in self.steps():
@@ -142,15 +164,12 @@ class RunFolder:
                 raise CheckpointError(f"{self.path}: none of its checkpoints is whole")
             return found
         if which == "best":
-            found = self.best()
+            found = self.best(warn)
             if found is None:
                 raise CheckpointError(
-                    f"{self.path}: no checkpoint has a validation loss; use --checkpoint last"
+                    f"{self.path}: no whole checkpoint has a validation loss; use --checkpoint last"
                 )
-            try:
-                return self._open(found.step)
-            except CheckpointError as error:
-                raise CheckpointError(f"{error}; use --checkpoint last or a step") from None
+            return found
         elif which.isdecimal() and int(which) in self.steps():
             return self._open(int(which))
         else:
@@ -215,3 +234,8 @@ class RunFolder:
                 continue  # a killed run may leave half a line
             if isinstance(record, dict) and line.endswith("\n"):
                 yield record, line
+
+
+def _validation_set(found: Checkpoint) -> Any:
+    data = found.about.get("data")
+    return data.get("val_sha256") if isinstance(data, dict) else None

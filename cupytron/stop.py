@@ -19,6 +19,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         try:
             for number in SIGNALS:
+                if signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup, or a script's background job: that was meant
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             pass  # not the main thread (a notebook's worker): signals stay as they are

@@ -1,5 +1,6 @@
 """A trained model, read from a run's folder: evaluate it, write text with it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cupytron.config import RunConfig
+from cupytron.config import RunConfig, load_config
 from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
-from cupytron.errors import CheckpointError, CupytronError
+from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
 from cupytron.model import Transformer
 from cupytron.run import open_data
@@ -81,11 +82,12 @@ class TrainedModel:
         """Nothing if the tokenizer has a separator to begin with, else a new line or the first token."""
         if self.tokenizer is None or self.tokenizer.separator is not None:
             return ""
-        try:
-            self.tokenizer.encode("\n")
-        except DataError:
-            return self.tokenizer.decode([0])
-        return "\n"
+        first = (self.tokenizer.decode([i]) for i in range(min(self.tokenizer.vocab_size, 100)))
+        for text in ("\n", *first):
+            with contextlib.suppress(DataError):
+                if self.tokenizer.encode(text):
+                    return text
+        return ""
 
     def generate(self, prompt: str | None = None, max_new_tokens: int = 200, **options: Any) -> str:
         """The text after `prompt`; options as in `stream`."""
@@ -158,6 +160,11 @@ def load(
         config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{found.folder}: its settings cannot be used: {error}") from None
+    # the data may have moved since, and the run been told so
+    with contextlib.suppress(ConfigError):
+        if (path := load_config(file=folder.config).data.path) is not None:
+            data = config.data.model_copy(update={"path": path})
+            config = config.model_copy(update={"data": data})
     model = Transformer(config.model)
     dtype = np.dtype(config.train.dtype)
     parameters = {f"weight/{name}": p for name, p in model.named_parameters()}

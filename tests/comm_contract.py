@@ -118,6 +118,14 @@ def check_handles(comm: Communicator) -> None:
     np.testing.assert_array_equal(gather.wait(), np.arange(comm.size))
 
 
+def check_a_forgotten_handle_does_no_harm(comm: Communicator) -> None:
+    for _ in range(30):
+        comm.all_gather(np.full(20_000, comm.rank), async_op=True)
+        comm.all_reduce(np.zeros(20_000), async_op=True)
+    comm.barrier()
+    assert comm.all_reduce(np.ones(3)).tolist() == [comm.size] * 3
+
+
 def check_objects_and_barrier(comm: Communicator) -> None:
     assert comm.gather_objects({"rank": comm.rank}) == [{"rank": r} for r in range(comm.size)]
     comm.barrier()
@@ -146,6 +154,12 @@ def check_counters(comm: Communicator) -> None:
         "all_to_all": 8 * (n - 1),
     }
     assert all(fresh.calls[name] == 1 for name in fresh.bytes)
+    fresh.bytes.clear()
+    fresh.broadcast(np.zeros(3), root=n - 1)
+    neighbour = (fresh.rank + 1) % n
+    fresh.exchange([(np.zeros(2), neighbour)], [(np.empty(2), (fresh.rank - 1) % n)])
+    assert fresh.bytes["broadcast"] == (24 if fresh.rank == n - 1 and n > 1 else 0)
+    assert (fresh.bytes["send"], fresh.bytes["recv"]) == (16, 0)
 
 
 def check_disagreement_is_named(comm: Communicator) -> None:
@@ -161,6 +175,13 @@ def check_disagreement_is_named(comm: Communicator) -> None:
             assert f"rank {last} all_reduce of (4,)" in str(error), error
         else:
             raise AssertionError("the disagreement was not seen")
+        try:
+            comm.broadcast(np.zeros(3), root=0 if comm.rank else last)
+        except CommunicationError as error:
+            assert "from rank" in str(error), error
+        else:
+            raise AssertionError("the disagreement about the root was not seen")
+    assert not comm.debug
 
 
 def check_bad_arguments(comm: Communicator) -> None:

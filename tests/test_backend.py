@@ -1,6 +1,8 @@
 """Slices cover everything once; arrays find their module without CuPy being imported."""
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,3 +34,23 @@ def test_other_modules_take_one_slice():
 def test_numpy_arrays_belong_to_numpy():
     assert backend.array_module(np.ones(3)) is np
     assert backend.rows_per_block(10**9) == 1
+
+
+def test_one_blas_thread_is_given_back_by_the_last_user():
+    """Several threads at once, as ranks in threads are: the number must not stay at one."""
+    before = [library.get_num_threads() for library in backend._blas()]
+    together = threading.Barrier(3)
+
+    def body():
+        for _ in range(20):
+            together.wait(30)
+            with backend.one_blas_thread():
+                pass
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(body) for _ in range(3)]:
+            done.result()
+    assert [library.get_num_threads() for library in backend._blas()] == before
+    with backend.one_blas_thread():
+        assert all(library.get_num_threads() == 1 for library in backend._blas())
+    assert [library.get_num_threads() for library in backend._blas()] == before

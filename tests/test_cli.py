@@ -217,6 +217,10 @@ class TestProcess:
         record, threads, _ = self.prepared("threads=2", "blas_kernel='off'", "deterministic=True")
         assert record["threads"] == threads == 1
 
+    def test_the_environment_s_number_of_threads_is_respected(self):
+        record, threads, _ = self.prepared("blas_kernel='off'", OMP_NUM_THREADS="1")
+        assert record["threads"] == threads == 1
+
     def test_a_named_kernel_is_used_and_said(self):
         record, _, architecture = self.prepared(
             "blas_kernel='Haswell'", OPENBLAS_CORETYPE="Prescott"

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cupytron.data import DataError
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.metrics import Speed
 from cupytron.nn import Attention
-from cupytron.run import train
+from cupytron.run import _Run, train
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import NotFinite, Trainer
 
@@ -417,3 +418,135 @@ def test_report_and_sample_of_an_alphabet_without_a_new_line(tmp_path):
     run_here(data, tmp_path / "run", "train.max_steps=2")
     assert cupytron.load(tmp_path / "run").generate(max_new_tokens=5)
     assert report.read_report(tmp_path / "run").sample
+
+
+# --- what a second reviewer found
+
+
+def script_losses(monkeypatch, losses):
+    """Validation losses by step, in place of the model's."""
+    original = _Run._evaluate
+
+    def scripted(self):
+        original(self)
+        if self.val_loss is not None:
+            self.val_loss = losses[self.trainer.step]
+
+    monkeypatch.setattr(_Run, "_evaluate", scripted)
+
+
+RARE = ["checkpoint.interval=0", "train.eval_interval=3", "checkpoint.keep=1"]
+LOSSES = {0: 5.0, 3: 4.0, 6: 2.0, 8: 7.0, 9: 3.0, 12: 6.0}
+
+
+def best_of(out):
+    best = RunFolder(out).best(print)
+    return best.step, best.about["val_loss"]
+
+
+def test_the_best_is_saved_when_it_is_found_and_stays_when_resumed(data, tmp_path, monkeypatch):
+    script_losses(monkeypatch, LOSSES)
+    run_here(data, tmp_path / "whole", *RARE)
+    assert best_of(tmp_path / "whole") == (6, 2.0)
+    assert RunFolder(tmp_path / "whole").steps() == [6, 12]
+    # a step without an evaluation has no loss of its own
+    run_here(
+        data,
+        tmp_path / "other",
+        *RARE,
+        "checkpoint.interval=7",
+        "checkpoint.keep=5",
+        "train.max_steps=8",
+    )
+    assert RunFolder(tmp_path / "other").find("7", print).about["val_loss"] is None
+    for stop in (6, 9):
+        out = tmp_path / f"stopped-{stop}"
+        run_here(data, out, *RARE, f"train.max_steps={stop}")
+        run_here(data, out, *RARE)
+        assert best_of(out) == (6, 2.0)
+
+
+def test_a_damaged_best_is_found_again(data, tmp_path, monkeypatch):
+    """The set-aside checkpoint's loss must not be the bar for the step that is trained again."""
+    script_losses(monkeypatch, LOSSES)
+    out = tmp_path / "run"
+    run_here(data, out, *RARE, "checkpoint.keep=5", "train.max_steps=6")
+    file = RunFolder(out).place(6) / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run_here(data, out, *RARE)
+    assert best_of(out) == (6, 2.0)
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(data, tmp_path, monkeypatch):
+    run_here(data, tmp_path / "whole", *RARE)
+    original = _Run._evaluate
+
+    def interrupted(self):
+        if self.trainer.step == 12:
+            self.stop.signal = signal.SIGTERM
+        original(self)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_evaluate", interrupted)
+        assert run_here(data, out, *RARE).exit_code == 75
+    assert RunFolder(out).find("12", print).about["val_loss"] is None
+    run_here(data, out, *RARE)
+    known = [
+        {r["step"]: r["val_loss"] for r in RunFolder(o).read_metrics() if "val_loss" in r}
+        for o in (out, tmp_path / "whole")
+    ]
+    assert known[0] == known[1]
+    assert RunFolder(out).find("12", print).about["val_loss"] == known[0][12]
+
+
+def test_losses_over_another_validation_set_are_not_compared(data, tmp_path, monkeypatch):
+    script_losses(monkeypatch, LOSSES)
+    out = tmp_path / "run"
+    run_here(data, out, *RARE, "train.max_steps=6")
+    (tmp_path / "other").mkdir()
+    other = make_data(tmp_path / "other", text=TEXT.replace("quick", "kciuq"))
+    run_here(other, out, *RARE, "train.max_steps=9")
+    assert best_of(out) == (9, 3.0)
+
+
+def test_the_position_in_the_data_goes_on_when_the_batch_changes(data, tmp_path):
+    out = tmp_path / "run"
+    run_here(data, out, "train.max_steps=4")
+    run_here(data, out, "train.max_steps=6", "train.global_batch=4")
+    assert RunFolder(out).find("last", print).about["position"] == 4 * 8 + 2 * 4
+
+
+def test_files_of_somebody_s_own_are_not_replaced(data, tmp_path):
+    for name in ("metrics.jsonl", "environment.json", "tokenizer.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(CupytronError, match="would be overwritten"):
+            run_here(data, out)
+        assert (out / name).read_text() == "mine"
+
+
+def test_nohup_is_respected(data, tmp_path):
+    long = ["train.max_steps=100000", "checkpoint.interval=0", "train.eval_interval=0"]
+    words = command(data, tmp_path / "run", *long)
+    process = start(["nohup", *words])
+    metrics = RunFolder(tmp_path / "run").metrics
+    assert kill_when(process, lambda: metrics.exists() and metrics.stat().st_size, signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
+def test_eval_finds_data_that_has_moved(tmp_path):
+    data = make_data(tmp_path)
+    run_here(data, tmp_path / "run", "train.max_steps=2")
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="give --data DIR"):
+        cupytron.load(tmp_path / "run").evaluate()
+    run_here(tmp_path / "moved", tmp_path / "run", "train.max_steps=2")
+    assert cupytron.load(tmp_path / "run").evaluate()["tokens"]

@@ -100,12 +100,15 @@ class Communicator(ABC):
     def broadcast(self, x: Any, root: int = 0) -> Any:
         """Rank root's values, in place on every rank."""
         self._check_rank("root", root)
-        self._begin("broadcast", x, x.nbytes if self.rank == root and self.size > 1 else 0)
+        sent = x.nbytes if self.rank == root and self.size > 1 else 0
+        self._begin("broadcast", x, sent, f" from rank {root}")
         self._broadcast(_bits(x), root)
         return x
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        if self.debug:
+            self._compare("barrier")
         self.calls["barrier"] += 1
         self._barrier()
 
@@ -206,9 +209,9 @@ class Communicator(ABC):
         flat[...] = padded[: flat.size]
         return x
 
-    def _begin(self, operation: str, x: Any, sent: int) -> None:
+    def _begin(self, operation: str, x: Any, sent: int, detail: str = "") -> None:
         if self.debug:
-            self._compare(operation, x)
+            self._compare(f"{operation} of {x.shape} {x.dtype}{detail}")
         self._count(operation, x, sent)
 
     def _count(self, operation: str, x: Any, sent: int) -> None:
@@ -220,13 +223,12 @@ class Communicator(ABC):
         self.calls[operation] += 1
         self.bytes[operation] += sent
 
-    def _compare(self, operation: str, x: Any) -> None:
-        said = self._gather_objects((operation, x.shape, str(x.dtype)))
+    def _compare(self, call: str) -> None:
+        said = self._gather_objects(call)
         for rank, other in enumerate(said):
             if other != said[0]:
-                first, second = (f"{o} of {s} {d}" for o, s, d in (said[0], other))
                 raise CommunicationError(
-                    f"ranks of {self.axis} disagree: rank 0 calls {first}, rank {rank} {second}"
+                    f"ranks of {self.axis} disagree: rank 0 calls {said[0]}, rank {rank} {other}"
                 )
 
     def _check_divides(self, operation: str, x: Any) -> None:

@@ -14,15 +14,16 @@ class MPICommunicator(Communicator):
     def __init__(self, comm: Any = None, axis: str = "world") -> None:
         self._comm = MPI.COMM_WORLD if comm is None else comm
         super().__init__(self._comm.rank, self._comm.size, axis)
+        self._pending: list[tuple[Any, tuple[Any, ...]]] = []
 
     def split(self, color: int, key: int, axis: str) -> Communicator:
         return MPICommunicator(self._comm.Split(color, key), axis)
 
     def _all_reduce(self, x: Any) -> Callable[[], Any]:
-        request = self._comm.Iallreduce(MPI.IN_PLACE, x, MPI.SUM)
+        done = self._waiting(self._comm.Iallreduce(MPI.IN_PLACE, x, MPI.SUM), x)
 
         def wait() -> Any:
-            request.Wait()
+            done()
             return x
 
         return wait
@@ -51,11 +52,14 @@ class MPICommunicator(Communicator):
     def _recv(self, out: Any, source: int) -> Callable[[], Any]:
         return self._waiting(self._comm.Irecv(out, source), out)
 
-    @staticmethod
-    def _waiting(request: Any, *buffers: Any) -> Callable[[], Any]:
+    def _waiting(self, request: Any, *buffers: Any) -> Callable[[], Any]:
+        # MPI reads and writes the buffers until the request is done, also if nobody keeps the handle
+        self._pending = [entry for entry in self._pending if not entry[0].Test()]
+        entry = (request, buffers)
+        self._pending.append(entry)
+
         def wait() -> None:
             request.Wait()
-            del kept[:]
+            self._pending = [other for other in self._pending if other is not entry]
 
-        kept = list(buffers)  # MPI writes to them until the request is done
         return wait
