@@ -2,10 +2,22 @@
 
 import numpy as np
 import pytest
+import runs
 
 from cupytron.config import ModelConfig, resolve_model
 from cupytron.layer import Layer
 from cupytron.model import Transformer
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A test that fails half-way must not leave a process that takes a core from the others."""
+    yield
+    while runs.STARTED:
+        process = runs.STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture

@@ -66,11 +66,16 @@ def cupytron() -> str:
     return str(Path(sys.executable).with_name("cupytron"))
 
 
+STARTED: list[subprocess.Popen] = []  # conftest ends what a failed test leaves running
+
+
 def start(arguments: list[str]) -> subprocess.Popen:
     """Start a command with its output collected."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ}
     )
+    STARTED.append(process)
+    return process
 
 
 def kill_when(process: subprocess.Popen, ready, signal_number: int = signal.SIGKILL) -> bool:
