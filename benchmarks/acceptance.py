@@ -77,6 +77,12 @@ def clone(log: Log) -> None:
         seconds = time.monotonic() - began
         losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", output)]
         hold(seconds < 240, f"make demo took {seconds:.0f} s, limit 240", log)
+        times = []
+        for _ in range(5):
+            began = time.monotonic()
+            log.run(place / ".venv" / "bin" / "cupytron", "--help")
+            times.append(time.monotonic() - began)
+        hold(min(times) < 0.4, f"cupytron --help took {min(times):.2f} s, limit 0.4", log)
         hold(losses[-1] < losses[0] / 2, f"validation loss {losses[0]} to {losses[-1]}", log)
         began = time.monotonic()
         output = log.run("make", "test", cwd=place)

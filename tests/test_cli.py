@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from runs import TINY, command, cupytron, kill_when, make_data, run_here, start
@@ -32,21 +31,12 @@ def call(*arguments, **options):
     )
 
 
-def test_help_is_fast():
-    """Best of several, and far above the 0.1 s it takes: what it imports is the real test."""
-    times = []
-    for _ in range(5):
-        began = time.monotonic()
-        done = call("--help")
-        times.append(time.monotonic() - began)
-    assert done.returncode == 0 and "train" in done.stdout
-    assert min(times) < 0.4
-
-
 @pytest.mark.parametrize(
     "name", ["train", "eval", "sample", "report", "data", "config", "checkpoint", "bench"]
 )
 def test_every_command_has_help(name):
+    # that `cupytron --help` is fast is held by what it imports (test_imports) and by the acceptance run
+    assert name in call("--help").stdout
     done = call(name, "--help")
     assert done.returncode == 0 and done.stdout.startswith("Usage: cupytron")
 
