@@ -9,6 +9,7 @@ import pytest
 
 from cupytron import checkpoint
 from cupytron.checkpoint import Checkpoint, Piece
+from cupytron.checkpoint_format import seal
 from cupytron.errors import CheckpointError
 from cupytron.run_folder import RunFolder
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_of_another_format_says_so(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
     body = {"format": 99, "step": 1}
-    (folder / "manifest.json").write_bytes(checkpoint._seal(body))
+    (folder / "manifest.json").write_bytes(seal(body))
     with pytest.raises(CheckpointError, match="format 99 is not 1"):
         Checkpoint(folder)
 
@@ -201,7 +202,7 @@ def test_crafted_manifests_are_refused(tmp_path):
     for number, body in enumerate(nonsense):
         folder = tmp_path / f"{number}"
         folder.mkdir()
-        (folder / "manifest.json").write_bytes(checkpoint._seal({"format": 1, **body}))
+        (folder / "manifest.json").write_bytes(seal({"format": 1, **body}))
         with pytest.raises(CheckpointError, match=r"manifest\.json lacks or garbles"):
             Checkpoint(folder)
     for text in ("[" * 100_000, "null", "[]", '{"body": 1, "sha256": 2}', "\x00"):

@@ -1,0 +1,64 @@
+"""Steps that all ranks pass, or none: a failure on one of them becomes the same error on each."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from cupytron.comm import CommunicationError, Communicator
+from cupytron.errors import CupytronError
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """What a rank tells of its error: an exception itself may not travel between processes."""
+
+    kind: type[CupytronError] | None  # None: OSError if there is an errno, else a bug
+    errno: int | None
+    text: str
+    filename: str | None
+
+    def on(self, rank: int) -> Exception:
+        if self.kind is not None:
+            return self.kind(f"rank {rank}: {self.text}")
+        if self.errno is not None:
+            return OSError(self.errno, f"rank {rank}: {self.text}", self.filename)
+        return CommunicationError(f"ended because rank {rank} failed: {self.text}")
+
+
+def together(world: Communicator, work: Callable[[], T]) -> T:
+    """This rank's work(); returns once all ranks' have returned. Collective.
+
+    A rank that fails would leave the others waiting in their next collective. So errors are exchanged
+    first, and every rank raises that of the first rank that failed. With one rank it is work() alone.
+
+    Raises:
+        CupytronError, OSError: of the same kind and with the same message on every rank; the message
+            names the rank that failed. A bug keeps its traceback on its own rank.
+    """
+    if world.size == 1:
+        return work()
+    mine: Exception | None = None
+    try:
+        result = work()
+    except CommunicationError:
+        raise  # there is nobody to tell
+    except Exception as error:
+        mine = error
+    failures = world.gather_objects(None if mine is None else _told(mine))
+    for rank, failure in enumerate(failures):
+        if failure is None:
+            continue
+        if rank == world.rank and failure.kind is None and failure.errno is None:
+            assert mine is not None
+            raise mine
+        raise failure.on(rank) from mine
+    return result
+
+
+def _told(error: Exception) -> _Failure:
+    if isinstance(error, CupytronError):
+        return _Failure(type(error), None, str(error), None)
+    if isinstance(error, OSError) and error.errno is not None:
+        name = None if error.filename is None else str(error.filename)
+        return _Failure(None, error.errno, error.strerror or str(error), name)
+    return _Failure(None, None, f"{type(error).__name__}: {error}", None)
