@@ -1,5 +1,6 @@
 """What every layer is made of: Parameter, Stash (what backward needs), Layer."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,9 @@ class Parameter:
         name: in the whole model, such as "blocks.0.mlp.up.weight"; set by Layer.name_parts.
         shape: of the logical tensor, the one a single process has.
         box: which part of the logical tensor this process holds, a slice for each dim.
+        padding: rows after the box's, always zero, that make all shards of a tensor the same size.
         decay: whether weight decay applies: to matrices by default.
+        partial: whether the gradient here is a part of the sum over the tensor axis.
         data, grad: arrays, None until materialize.
     """
 
@@ -44,24 +47,47 @@ class Parameter:
         self.name = ""
         self.shape = tuple(shape)
         self.box: Box = tuple(slice(0, n) for n in self.shape)
+        self.padding = 0
         self.init = init
+        self.partial = False
         self.decay = len(self.shape) >= 2 if decay is None else decay
         self.data: Any = None
         self.grad: Any = None
 
+    def shard(self, dim: int, rank: int, size: int) -> None:
+        """Hold share number `rank` of `size` along `dim`; along dim 0 the last shares may be padded."""
+        share = -(-self.shape[dim] // size)
+        start = min(rank * share, self.shape[dim])
+        stop = min(start + share, self.shape[dim])
+        self.padding = share - (stop - start)
+        assert dim == 0 or not self.padding, f"{self.name} {self.shape} cannot be cut into {size}"
+        self.box = (*self.box[:dim], slice(start, stop), *self.box[dim + 1 :])
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds all of the logical tensor."""
+        return all(s.stop - s.start == n for s, n in zip(self.box, self.shape, strict=True))
+
+    @property
+    def held(self) -> int:
+        """Elements of the logical tensor that this process holds; they come before the padding."""
+        return math.prod(s.stop - s.start for s in self.box)
+
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the part that this process holds."""
-        return tuple(s.stop - s.start for s in self.box)
+        """Shape of the local array: the box and the padding."""
+        first, *others = (s.stop - s.start for s in self.box)
+        return (first + self.padding, *others)
 
     @property
     def size(self) -> int:
-        """Elements of the part that this process holds."""
-        return int(np.prod(self.local_shape))
+        """Elements of the local array."""
+        return math.prod(self.local_shape)
 
     def initial_values(self, seed: int) -> np.ndarray:
-        """Float64 values of the local part at the start of training."""
-        return self.init(self.shape, self.box, seed, self.name)
+        """Float64 values of the local array at the start of training."""
+        values = self.init(self.shape, self.box, seed, self.name)
+        return np.pad(values, [(0, self.padding)] + [(0, 0)] * (values.ndim - 1))
 
     def materialize(self, seed: int, dtype: Any) -> None:
         """Allocate the local part with its initial values, and a gradient of zeros."""
@@ -111,7 +137,7 @@ class Stash:
         self.batch = batch
         self._entries: list[tuple[Layer, tuple[Any, ...]]] = []
         self._defer = defer_weight_grads
-        self._deferred: list[tuple[Parameter, Any, Any]] = []
+        self._deferred: list[Callable[[], None]] = []
 
     def push(self, owner: "Layer", *arrays: Any) -> None:
         """Keep `arrays` until `owner` pops them."""
@@ -137,6 +163,11 @@ class Stash:
         kept = {id(a): a.nbytes for _, arrays in self._entries for a in arrays if a is not None}
         return sum(kept.values())
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a backward will follow."""
+        return True
+
     def discarding(self) -> "Stash":
         """A stash for the same batch that keeps nothing: inference, and Recompute's first forward."""
         return _DiscardingStash(self.batch)
@@ -149,19 +180,28 @@ class Stash:
 
     def weight_grad(self, parameter: Parameter, x: Any, dy: Any) -> None:
         """parameter.grad += x.T @ dy, now or at run_weight_grads (a schedule's W)."""
+        # a shard's padding rows come last, and get no gradient
+        self.then(lambda: ops.add_product(parameter.grad[: x.shape[1]], x, dy))
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do what needs the weight gradients so far: now, or in its turn at run_weight_grads."""
         if self._defer:
-            self._deferred.append((parameter, x, dy))
+            self._deferred.append(work)
         else:
-            ops.add_product(parameter.grad, x, dy)
+            work()
 
     def run_weight_grads(self) -> None:
-        """Add the deferred weight gradients, in the order in which backward met them."""
-        for parameter, x, dy in self._deferred:
-            ops.add_product(parameter.grad, x, dy)
+        """Do what was put off, in the order in which backward met it."""
+        for work in self._deferred:
+            work()
         self._deferred.clear()
 
 
 class _DiscardingStash(Stash):
+    @property
+    def keeps(self) -> bool:
+        return False
+
     def push(self, owner: "Layer", *arrays: Any) -> None:
         pass
 
@@ -174,6 +214,7 @@ class Layer:
     """
 
     name = ""
+    backward_reads_weights = True  # a table's backward only writes its gradient
 
     def forward(self, x: Any, stash: Stash) -> Any:
         raise NotImplementedError
@@ -190,6 +231,26 @@ class Layer:
                 for key, layer in value.items():
                     if isinstance(layer, Layer):
                         yield f"{name}.{key}", layer
+
+    def replace(self, change: Callable[[str, "Layer"], "Layer"], prefix: str = "") -> None:
+        """Put change(full name, layer) in the place of every layer below this one, outermost first.
+
+        Layers below one that was changed stay as they are.
+        """
+
+        def put(holder: dict[Any, Any], key: Any, name: str) -> None:
+            layer = holder[key]
+            if isinstance(layer, Layer):
+                holder[key] = change(name, layer)
+                if holder[key] is layer:
+                    layer.replace(change, name)
+
+        start = f"{prefix}." if prefix else ""
+        for name, value in list(vars(self).items()):
+            put(vars(self), name, f"{start}{name}")
+            if isinstance(value, dict):
+                for key in list(value):
+                    put(value, key, f"{start}{name}.{key}")
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, "Layer"]]:
         """This layer and all layers below it, with their full names."""
@@ -225,3 +286,23 @@ class Layer:
     def describe(self) -> str:
         """The layer's class and name, for messages."""
         return f"{type(self).__name__} {self.name}".strip()
+
+
+class Wrapper(Layer):
+    """A layer around another one, invisible in names: values and masks are those of the layer inside."""
+
+    def __init__(self, inner: Layer) -> None:
+        self.inner = inner
+
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        yield from self.inner.named_layers(prefix)
+
+    def replace(self, change: Callable[[str, Layer], Layer], prefix: str = "") -> None:
+        self.inner.replace(change, prefix)
+
+
+def unwrap(layer: Layer) -> Layer:
+    """The layer inside all wrappers."""
+    while isinstance(layer, Wrapper):
+        layer = layer.inner
+    return layer

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from cupytron.config import ModelConfig
-from cupytron.layer import Layer, Parameter, Stash, normal
+from cupytron.layer import Layer, Parameter, Stash, normal, unwrap
 from cupytron.nn import (
     MLP,
     Attention,
@@ -36,7 +36,8 @@ class Transformer(Layer):
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         c: Any = config
-        self.embedding = Embedding(c.vocab_size, c.d_model, c.init_std)
+        embedding = Embedding(c.vocab_size, c.d_model, c.init_std)
+        self.embedding: Layer = embedding
         self.positions: Layer | None = None
         if c.position == "learned":
             self.positions = LearnedPositions(c.context_length, c.d_model, c.init_std)
@@ -45,10 +46,10 @@ class Transformer(Layer):
         self.dropout = Dropout(c.dropout)
         self.blocks: dict[int, Layer] = {i: make_block(config) for i in range(c.num_layers)}
         self.norm = make_norm(config)
-        table = self.embedding.weight
+        table = embedding.weight
         if not c.tied:
             table = Parameter((c.vocab_size, c.d_model), normal(c.init_std))
-        self.head = Head(table)
+        self.head: Layer = Head(table)
         self.name_parts()
 
     def forward(self, ids: Any, stash: Stash) -> Any:
@@ -68,6 +69,11 @@ class Transformer(Layer):
         if self.positions:
             dx = self.positions.backward(dx, stash)
         self.embedding.backward(dx, stash)
+
+    def loss(self, logits: Any, targets: Any, scale: float) -> float:
+        """As the head's: a sharded head has shards of logits."""
+        head: Any = unwrap(self.head)
+        return head.loss(logits, targets, scale)
 
 
 def make_norm(config: ModelConfig) -> Layer:

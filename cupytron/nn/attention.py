@@ -28,6 +28,7 @@ class Attention(Layer):
         std: float = 0.02,
         out_std: float = 0.02,
     ) -> None:
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads  # of all shards together
         self.head_size = d // num_heads
         self.group = num_heads // num_kv_heads
         self.rope_theta = rope_theta
@@ -44,7 +45,7 @@ class Attention(Layer):
             k, v = stash.batch.kv_cache.extend(self, k, v)
         o, lse = ops.attention(q, k, v, self._dropout(stash))
         stash.push(self, qkv, o, lse)
-        return self.out.forward(o.reshape(len(x), -1), stash)
+        return self.out.forward(o.reshape(len(qkv), -1), stash)
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         do = self.out.backward(dy, stash)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cupytron.layer import Layer, Stash
+from cupytron.layer import Layer, Stash, Wrapper
 from cupytron.nn.dropout import Dropout
 
 
@@ -50,18 +50,11 @@ class Block(Layer):
         return self.norm2.backward(dy, stash)
 
 
-class Recompute(Layer):
+class Recompute(Wrapper):
     """The layer inside, which keeps only its input and runs forward again in backward.
 
     Reference: Chen et al. 2016, arXiv:1604.06174.
     """
-
-    def __init__(self, inner: Layer) -> None:
-        self.inner = inner
-
-    def named_layers(self, prefix: str = "") -> Any:
-        # invisible in names, so that initial values and masks are those of the layer inside
-        yield from self.inner.named_layers(prefix)
 
     def forward(self, x: Any, stash: Stash) -> Any:
         stash.push(self, x)

@@ -12,13 +12,17 @@ class Dropout(Layer):
 
     def __init__(self, p: float) -> None:
         self.p = p
+        self.token_shard = (
+            0  # x is this share, of shares of its length, of the micro-batch's tokens
+        )
 
     def forward(self, x: Any, stash: Stash) -> Any:
         batch = stash.batch
         if not self.p or not batch.training:
             return x
         key = philox.key_of(batch.seed, "dropout", self.name)
-        y, mask = ops.dropout(x, self.p, key, batch.step, batch.first_token)
+        first = batch.first_token + self.token_shard * len(x)
+        y, mask = ops.dropout(x, self.p, key, batch.step, first)
         stash.push(self, mask)
         return y
 
