@@ -197,6 +197,13 @@ class ParallelConfig(_Settings):
     dp: Ranks | None = Field(default=None, description="data-parallel size; unset: what is left")
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=0, description="ZeRO stage, 0 to 3")
     sp: bool = Field(default=False, description="sequence parallelism along the tensor axis")
+    sp_keep_gathered: bool = Field(
+        default=False,
+        description="sp: keep inputs of column layers gathered: 4/5 of the bytes, more memory",
+    )
+    timeout: Annotated[float, Field(ge=0, le=10**7)] = Field(
+        default=600.0, description="seconds without progress that end a job of several ranks; 0: off"
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="threads of this process; unset: the cores it may use"
     )

@@ -75,24 +75,18 @@ class SGD:
 OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
 
 
-def allocate_state(optimizer: AdamW | SGD, buckets: Iterable[Bucket]) -> None:
-    """Give every bucket the optimizer's flat arrays, zeros at first."""
-    for bucket in buckets:
-        xp = backend.array_module(bucket.data)
-        bucket.state = {name: xp.zeros_like(bucket.data) for name in optimizer.STATE}
-
-
 def apply(
     optimizer: AdamW | SGD, buckets: Iterable[Bucket], lr: float, step: int, scale: float
 ) -> None:
-    """One optimizer step on all buckets; the gradients are scaled, used and left at zero."""
+    """One optimizer step on what is owned of all buckets; their gradients are scaled and used up."""
     for bucket in buckets:
-        ranges = (
-            (0, bucket.decayed, optimizer.config.weight_decay),
-            (bucket.decayed, bucket.size, 0.0),
-        )
-        for start, stop, decay in ranges:
-            _apply_range(optimizer, bucket, slice(start, stop), lr, step, scale, decay)
+        count = len(bucket.weights)
+        decayed = min(max(bucket.decayed - bucket.owned.start, 0), count)
+        for part, decay in (
+            (slice(0, decayed), optimizer.config.weight_decay),
+            (slice(decayed, count), 0.0),
+        ):
+            _apply_range(optimizer, bucket, part, lr, step, scale, decay)
 
 
 def _apply_range(
@@ -104,7 +98,7 @@ def _apply_range(
     scale: float,
     decay: float,
 ) -> None:
-    w, grad = bucket.data[part], bucket.grad[part]
+    w, grad = bucket.weights[part], bucket.gradient[part]
     state = tuple(array[part] for array in bucket.state.values())
 
     def body(s: slice) -> None:
@@ -114,25 +108,6 @@ def _apply_range(
         optimizer.update(w[s], g, tuple(array[s] for array in state), lr, step, decay)
 
     backend.for_slices(backend.array_module(w), body, part.stop - part.start, backend.BLOCK)
-
-
-def global_norm(buckets: Iterable[Bucket]) -> float:
-    """Square root of the sum of squares of all gradients; float64 sums of fixed chunks."""
-    total = 0.0
-    for bucket in buckets:
-        total += _sum_of_squares(bucket.grad)
-    return math.sqrt(total)
-
-
-def _sum_of_squares(flat: Any) -> float:
-    xp, block = backend.array_module(flat), backend.BLOCK
-    sums = xp.empty(backend.slice_count(xp, len(flat), block), xp.float64)
-
-    def body(s: slice) -> None:
-        sums[s.start // block] = xp.dot(flat[s], flat[s])
-
-    backend.for_slices(xp, body, len(flat), block)
-    return float(sums.sum())
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

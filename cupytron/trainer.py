@@ -1,19 +1,23 @@
 """One training step, from tokens to new weights. The page to read first."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupytron import ops, optim
 from cupytron.checkpoint import Checkpoint, Piece
+from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_model
-from cupytron.errors import CheckpointError, CupytronError
+from cupytron.errors import CheckpointError, ConfigError, CupytronError
+from cupytron.layer import Parameter
 from cupytron.model import Transformer
 from cupytron.parallel import schedules
-from cupytron.parallel.buffer import make_buckets
+from cupytron.parallel.buffer import share
 from cupytron.parallel.pipeline import cut, run_schedule
+from cupytron.parallel.plan import build
+from cupytron.parallel.zero import Zero
 
 
 class StepResult(NamedTuple):
@@ -34,43 +38,45 @@ class Trainer:
     Args:
         config: the run's settings.
         vocab_size: the data set's; None if config.model.vocab_size says it.
+        context: the mesh; None: this process alone.
+
+    Raises:
+        CupytronError: the model or the batch does not fit the mesh.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int | None = None,
+        context: ParallelContext | None = None,
+    ) -> None:
         model_config = resolve_model(config.model, vocab_size, config.train.sequence_length)
         self.config = config
+        self.context = context or ParallelContext()
         self.step = 0  # steps done
         self.position = 0  # sequences seen: where in the global sample order the next step begins
-        self.model = Transformer(model_config)
-        self.buckets = make_buckets(self.model)
+        self.local_sequences = local_sequences(config, self.context.dp.rank, self.context.dp.size)
+        self.model, self.zero = build(config, model_config, self.context)
         self.optimizer = optim.OPTIMIZERS[config.optim.name](config.optim)
 
     def materialize(self) -> None:
         """Allocate weights, gradients and optimizer state; the weights get their initial values."""
-        for bucket in self.buckets:
-            bucket.materialize(self.config.train.seed, np.dtype(self.config.train.dtype))
-        optim.allocate_state(self.optimizer, self.buckets)
+        train = self.config.train
+        self.zero.materialize(train.seed, np.dtype(train.dtype), self.optimizer.STATE)
 
     def train_step(self, inputs: Any, targets: Any) -> StepResult:
         """Train on one global batch.
 
-        Shapes: inputs, targets (global_batch, S); a target of ops.IGNORE does not count.
+        Shapes: inputs, targets (sequences, S), this replica's part of the batch: its sequences
+        `local_sequences`; a target of ops.IGNORE does not count.
 
         Raises:
             NotFinite: loss or gradient norm is not finite; nothing has been updated.
         """
-        train = self.config.train
-        work = cut(inputs, targets, train.micro_batch, step=self.step, seed=train.seed)
-
-        # the loss is the mean over all targets of the step, so they are counted first
-        counted = int((targets != ops.IGNORE).sum())
-        actions = schedules.gradient_accumulation(len(work))
-        loss = run_schedule(self.model, actions, work, scale=1 / max(1, counted))
-
-        norm = optim.global_norm(self.buckets)
+        loss = self.compute_gradients(inputs, targets)
+        norm = self.zero.global_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            for bucket in self.buckets:
-                bucket.grad[...] = 0
+            self.zero.clear_gradients()
             raise NotFinite(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; "
                 "lower optim.lr, raise optim.warmup_steps or set optim.clip"
@@ -78,53 +84,156 @@ class Trainer:
         clip = self.config.optim.clip
         scale = clip / norm if clip and norm > clip else 1.0
         lr = optim.learning_rate(self.config, self.step)
-        optim.apply(self.optimizer, self.buckets, lr, self.step, scale)
+        optim.apply(self.optimizer, self.zero.buckets, lr, self.step, scale)
+        self.zero.publish()
         self.step += 1
-        self.position += len(inputs)
+        self.position += self.config.global_batch
         return StepResult(loss, norm, lr)
 
+    def compute_gradients(self, inputs: Any, targets: Any) -> float:
+        """Forward and backward of all micro-batches; every bucket's `gradient` is then the step's.
+
+        Shapes: as train_step's.
+        Returns: the mean loss over all of the step's targets, the same on every rank.
+        """
+        train, dp = self.config.train, self.context.dp
+        work = cut(
+            inputs,
+            targets,
+            train.micro_batch,
+            step=self.step,
+            seed=train.seed,
+            replica=dp.rank,
+            replicas=dp.size,
+        )
+        # the loss is the mean over all targets of the step, wherever they are: they are counted first
+        counted = int(dp.all_reduce(np.array([(targets != ops.IGNORE).sum()], np.int64))[0])
+        self.zero.begin_step(len(work))
+        actions = schedules.gradient_accumulation(len(work))
+        losses = run_schedule(self.model, actions, work, scale=1 / max(1, counted))
+        self.zero.finish_gradients()
+        return sum_exactly(dp, losses)
+
     def evaluate(self, batches: Any) -> tuple[float, int]:
-        """As the function `evaluate`, with this model."""
-        return evaluate(self.model, batches)
+        """As the function `evaluate`, with this model on this mesh."""
+        return evaluate(self.model, batches, self.context.dp)
 
     def pieces(self) -> Iterator[Piece]:
-        """Weights and optimizer state as a checkpoint's pieces."""
-        for bucket in self.buckets:
-            for kind, flat in (("weight", bucket.data), *bucket.state.items()):
-                for parameter, start, stop in bucket.segments:
-                    box = tuple((s.start, s.stop) for s in parameter.box)
-                    name = f"{kind}/{parameter.name}"
-                    yield Piece(name, parameter.shape, box, 0, stop - start, flat[start:stop])
+        """This rank's share of weights and optimizer state, as a checkpoint's pieces."""
+        dp, tp = self.context.dp, self.context.tp
+        for bucket in self.zero.buckets:
+            mine = share(bucket.size, dp.rank, dp.size)
+            for kind, flat in (("weight", bucket.weights), *bucket.state.items()):
+                for parameter, inside, place in bucket.parts(mine):
+                    if parameter.whole and tp.rank:
+                        continue  # the first tensor rank writes what all of them have
+                    values = flat[
+                        place.start - bucket.owned.start : place.stop - bucket.owned.start
+                    ]
+                    name, box = f"{kind}/{parameter.name}", box_of(parameter)
+                    yield Piece(name, parameter.shape, box, inside.start, inside.stop, values)
 
     def load(self, checkpoint: Checkpoint, weights_only: bool = False) -> None:
-        """Take weights and optimizer state, or the weights alone, from a checkpoint.
+        """Take weights and optimizer state, or the weights alone, from any mesh's checkpoint.
 
         Raises:
             CheckpointError: it is damaged, or its tensors are not this model's.
         """
-        wanted = {piece.tensor: piece for piece in self.pieces()}
-        if weights_only:
-            wanted = {name: p for name, p in wanted.items() if name.startswith("weight/")}
-        for name, array in checkpoint.tensors():
-            piece = wanted.pop(name, None)
-            if piece is None:
-                if weights_only and not name.startswith("weight/"):
-                    continue
-                raise CheckpointError(f"{checkpoint.folder}: the model has no tensor {name}")
-            if array.shape != piece.shape:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: {name} has shape {array.shape}, the model {piece.shape}"
-                )
-            piece.values[...] = array[tuple(slice(a, b) for a, b in piece.box)].reshape(-1)
-        if wanted:
-            raise CheckpointError(f"{checkpoint.folder}: it lacks {', '.join(sorted(wanted))}")
+        kinds = ("weight",) if weights_only else ("weight", *self.optimizer.STATE)
+        load_buckets(checkpoint, self.zero, kinds, complete=not weights_only)
 
 
-def evaluate(model: Transformer, batches: Any) -> tuple[float, int]:
-    """Sum of the losses and number of targets, over batches of (inputs, targets), both (B, S)."""
-    total, counted = 0.0, 0
-    for inputs, targets in batches:
-        work = cut(inputs, targets, len(inputs), training=False)
-        total += run_schedule(model, schedules.forward_only(len(work)), work, scale=1.0)
+def local_sequences(config: RunConfig, replica: int, replicas: int) -> np.ndarray:
+    """Which of a step's sequences a replica trains on: those of its micro-batches, in their order.
+
+    Micro-batch m belongs to replica m % replicas.
+
+    Raises:
+        ConfigError: the micro-batches cannot be shared out evenly.
+    """
+    size = config.train.micro_batch
+    if config.global_batch % (size * replicas):
+        low = max(1, config.global_batch // (size * replicas)) * size * replicas
+        raise ConfigError(
+            f"train.global_batch={config.global_batch}: is not a multiple of train.micro_batch={size} "
+            f"times dp={replicas}; choose {low} or {low + size * replicas}"
+        )
+    first = np.arange(replica, config.micro_batches, replicas) * size
+    return (first[:, None] + np.arange(size)).reshape(-1)
+
+
+def load_buckets(
+    checkpoint: Checkpoint, zero: Zero, kinds: tuple[str, ...], complete: bool = True
+) -> None:
+    """Read what this rank owns of weights ("weight") and optimizer state (its names).
+
+    Args:
+        complete: whether the checkpoint may hold nothing else.
+
+    Raises:
+        CheckpointError: it is damaged, or its tensors are not this model's.
+    """
+    found = checkpoint.shapes()
+    parameters = {s.parameter.name: s.parameter for b in zero.buckets for s in b.segments}
+    wanted = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in kinds}
+    for name, shape in wanted.items():
+        if name not in found:
+            lacking = sorted(n for n in wanted if n not in found)
+            raise CheckpointError(f"{checkpoint.folder}: it lacks {', '.join(lacking)}")
+        if tuple(found[name][0]) != shape:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has shape {found[name][0]}, the model {shape}"
+            )
+    for name in found:
+        if name not in wanted and (complete or name.startswith("weight/")):
+            raise CheckpointError(f"{checkpoint.folder}: the model has no tensor {name}")
+    for bucket in zero.buckets:
+        for kind in kinds:
+            flat = bucket.weights if kind == "weight" else bucket.state[kind]
+            for parameter, inside, place in bucket.parts(bucket.owned):
+                name, box = f"{kind}/{parameter.name}", box_of(parameter)
+                values = checkpoint.read(name, box, inside.start, inside.stop)
+                flat[bucket.local(place)] = values
+    zero.publish()
+
+
+def box_of(parameter: Parameter) -> tuple[tuple[int, int], ...]:
+    """A parameter's box as a checkpoint writes it."""
+    return tuple((s.start, s.stop) for s in parameter.box)
+
+
+def evaluate(
+    model: Transformer, batches: Iterable[Any], dp: Communicator | None = None
+) -> tuple[float, int]:
+    """Sum of the losses and number of targets, over batches of (inputs, targets), both (B, S).
+
+    Args:
+        batches: the same on every replica; each runs its share of them.
+        dp: the replicas; None: one.
+    """
+    dp = dp or SelfCommunicator("dp")
+    losses, counted, mine = [], 0, None
+    number = -1
+    for number, (inputs, targets) in enumerate(batches):
         counted += int((targets != ops.IGNORE).sum())
-    return total, counted
+        if number % dp.size == dp.rank:
+            mine = (inputs, targets)
+        if number % dp.size == dp.size - 1:
+            losses.append(_loss(model, mine))
+            mine = None
+    if (number + 1) % dp.size:
+        # the last round is short: those without a batch run one in which nothing counts, since all
+        # replicas must take part where weights are gathered
+        losses.append(_loss(model, mine or (inputs, np.full_like(targets, ops.IGNORE))))
+    return sum_exactly(dp, losses), counted
+
+
+def _loss(model: Transformer, batch: Any) -> float:
+    inputs, targets = batch
+    work = cut(inputs, targets, len(inputs), training=False)
+    return math.fsum(run_schedule(model, schedules.forward_only(len(work)), work, scale=1.0))
+
+
+def sum_exactly(dp: Communicator, losses: list[float]) -> float:
+    """Sum over the replicas, rounded once: the same bits however the terms are spread."""
+    return math.fsum(dp.all_gather(np.array(losses)))

@@ -7,9 +7,13 @@ import pytest
 from conftest import small_config
 
 from cupytron import optim
+from cupytron.comm import ParallelContext
 from cupytron.config import load_config
+from cupytron.errors import CupytronError
+from cupytron.layer import Layer, Parameter, constant
 from cupytron.model import Transformer
-from cupytron.parallel.buffer import make_buckets
+from cupytron.nn import RMSNorm
+from cupytron.parallel.zero import Zero
 from cupytron.trainer import NotFinite, Trainer
 
 TINY = [
@@ -108,7 +112,7 @@ def test_accumulation_is_one_large_batch(rng, micro_batch):
 
 def test_nothing_is_updated_when_the_loss_is_not_finite(rng):
     trainer = make_trainer()
-    trainer.model.norm.weight.data[0] = np.inf
+    dict(trainer.model.named_parameters())["norm.weight"].data[0] = np.inf
     before = weights(trainer)
     with np.errstate(all="ignore"), pytest.raises(NotFinite, match="step 1: loss"):
         trainer.train_step(*tokens(rng, trainer))
@@ -117,33 +121,52 @@ def test_nothing_is_updated_when_the_loss_is_not_finite(rng):
         np.testing.assert_array_equal(a, before[n])
 
 
+def alone(model, **options):
+    """The model's buckets in one process."""
+    zero = Zero(model, ParallelContext(), **options)
+    zero.materialize(5, np.float32)
+    return zero
+
+
 def test_every_parameter_lies_in_one_bucket_and_decays_if_it_is_a_matrix():
     model = Transformer(small_config())
-    buckets = make_buckets(model)
-    assert [b.name for b in buckets] == ["tied", "first", "blocks.0", "blocks.1", "last"]
+    buckets = alone(model).buckets
+    names = ["embedding and head", "positions", "blocks.0", "blocks.1", "norm"]
+    assert [b.name for b in buckets] == names
+    assert [b.users for b in buckets] == [2, 1, 1, 1, 1]
     placed = [p for b in buckets for p, _, _ in b.segments]
     assert len(placed) == len({id(p) for p in placed}) == len(list(model.named_parameters()))
     for bucket in buckets:
-        bucket.materialize(1, np.float32)
         for parameter, start, stop in bucket.segments:
             assert np.shares_memory(parameter.data, bucket.data[start:stop])
             assert np.shares_memory(parameter.grad, bucket.grad[start:stop])
             assert (stop <= bucket.decayed) == (parameter.data.ndim == 2)
 
 
+def test_parameters_outside_of_layers_are_refused():
+    class Loose(Layer):
+        def __init__(self):
+            self.scale = Parameter((3,), constant(1.0))
+            self.norm = RMSNorm(3)
+
+    with pytest.raises(CupytronError, match="stand in no layer"):
+        Zero(Loose(), ParallelContext())
+
+
 def test_weights_do_not_depend_on_buckets_and_differ_by_seed():
     config = small_config()
-    plain, bucketed, other = (Transformer(config) for _ in range(3))
+    plain, bucketed, padded, other = (Transformer(config) for _ in range(4))
     plain.materialize(seed=5)
     other.materialize(seed=6)
-    for bucket in make_buckets(bucketed):
-        bucket.materialize(5, np.float32)
-    for (n, a), (_, b), (_, c) in zip(
-        plain.named_parameters(), bucketed.named_parameters(), other.named_parameters(), strict=True
+    alone(bucketed)
+    alone(padded, deterministic=True)
+    for (n, a), (_, b), (_, c), (_, d) in zip(
+        *(model.named_parameters() for model in (plain, bucketed, padded, other)), strict=True
     ):
         np.testing.assert_array_equal(a.data, b.data, err_msg=n)
+        np.testing.assert_array_equal(a.data, c.data, err_msg=n)
         if a.data.ndim == 2:
-            assert (a.data != c.data).all()
+            assert (a.data != d.data).all()
 
 
 def test_initial_weights_are_gpt2_s():
@@ -160,12 +183,11 @@ def test_initial_weights_are_gpt2_s():
 
 def test_the_global_norm_is_the_root_of_all_squares(rng):
     model = Transformer(small_config(d_model=128, num_layers=3))  # buckets of several chunks
-    buckets = make_buckets(model)
-    for bucket in buckets:
-        bucket.materialize(1, np.float32)
-        bucket.grad[...] = rng.normal(size=bucket.size)
+    zero = alone(model)
+    for bucket in zero.buckets:
+        bucket.gradient[...] = rng.normal(size=bucket.size)
     want = math.sqrt(sum((p.grad.astype(float) ** 2).sum() for _, p in model.named_parameters()))
-    assert optim.global_norm(buckets) == pytest.approx(want, rel=1e-6)
+    assert zero.global_norm() == pytest.approx(want, rel=1e-6)
 
 
 def lr(step, *settings):

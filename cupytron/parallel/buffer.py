@@ -1,14 +1,17 @@
-"""Flat buckets: weights and gradients of neighbouring layers as views of two arrays.
+"""Flat buckets: weights and gradients of a top-level layer as views of two arrays.
 
-One bucket a block, one for embedding and positions, one for the final norm and the head, and one for a
-tied table. Optimizer, checkpoints and (later) reductions work on a bucket's flat arrays and never see
-shapes.
+One bucket for each block, the embedding, the positions, the final norm and the head; a tied table has its
+own. Optimizer, reductions and checkpoints work on flat arrays and never see shapes. A bucket is padded, so
+that it can be cut into equal pieces; with ZeRO a replica owns some of them.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupytron import backend
+from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Parameter
 
 
@@ -21,58 +24,146 @@ class Segment(NamedTuple):
 
 
 class Bucket:
-    """Parameters whose weights and gradients share two flat arrays.
+    """Parameters whose weights and gradients share flat arrays.
 
     Attributes:
-        data, grad: flat arrays; the parameters' own are views of them.
-        state: the optimizer's flat arrays by name, such as "exp_avg".
-        segments: where each parameter lies; those with weight decay come first.
+        segments: where each parameter lies; those with weight decay come first, and among equals those
+            that are cut over the tensor axis.
+        size: elements of a flat array, padding included.
+        decayed: elements that have weight decay: the first ones.
+        owned: the range whose optimizer state is here: all of it, or with ZeRO this replica's share.
+        data, grad: flat arrays of `size`, or None while they are not here (ZeRO 2 and 3); the
+            parameters' own arrays are views of them.
+        weights, gradient: flat arrays of the owned range; views where data and grad are here.
+        state: the optimizer's flat arrays of the owned range by name, such as "exp_avg".
+        users: layers that work with these parameters: one, or two that share a table.
+
+    Args:
+        pieces: the padding makes `size` a multiple of it.
     """
 
-    def __init__(self, name: str, parameters: list[Parameter]) -> None:
+    def __init__(self, name: str, parameters: list[Parameter], pieces: int = 1) -> None:
         self.name = name
+        self.pieces = pieces
+        self.users = 0
         self.segments: list[Segment] = []
         at = 0
-        for parameter in sorted(parameters, key=lambda p: not p.decay):
+        for parameter in sorted(parameters, key=lambda p: (not p.decay, p.whole)):
             self.segments.append(Segment(parameter, at, at + parameter.size))
             at += parameter.size
+        self.size = -(-at // pieces) * pieces
         self.decayed = sum(s.stop - s.start for s in self.segments if s.parameter.decay)
-        self.state: dict[str, Any] = {}
+        self.owned = slice(0, self.size)
         self.data: Any = None
         self.grad: Any = None
+        self.weights: Any = None
+        self.gradient: Any = None
+        self.state: dict[str, Any] = {}
 
-    @property
-    def size(self) -> int:
-        """Elements in each flat array."""
-        return self.segments[-1].stop
-
-    def materialize(self, seed: int, dtype: Any) -> None:
-        """Allocate the flat arrays and give every parameter its initial values in its place."""
-        self.data = np.empty(self.size, dtype)
-        self.grad = np.zeros(self.size, dtype)
+    def initial_weights(self, seed: int, dtype: Any) -> np.ndarray:
+        """The flat array of initial values."""
+        data = np.zeros(self.size, dtype)
         for parameter, start, stop in self.segments:
-            shape = parameter.local_shape
-            parameter.data = self.data[start:stop].reshape(shape)
-            parameter.grad = self.grad[start:stop].reshape(shape)
-            parameter.data[...] = parameter.initial_values(seed)
+            data[start:stop] = parameter.initial_values(seed).reshape(-1)
+        return data
+
+    def set_data(self, data: Any) -> None:
+        """Take a flat array (or None) as the place of the parameters' weights."""
+        self.data = data
+        for parameter, start, stop in self.segments:
+            view = None if data is None else data[start:stop].reshape(parameter.local_shape)
+            parameter.data = view
+
+    def set_grad(self, grad: Any) -> None:
+        """Take a flat array (or None) as the place of the parameters' gradients."""
+        self.grad = grad
+        for parameter, start, stop in self.segments:
+            view = None if grad is None else grad[start:stop].reshape(parameter.local_shape)
+            parameter.grad = view
+
+    def ranges(self, chosen: Callable[[Parameter], bool], within: slice) -> list[slice]:
+        """Where the chosen parameters lie inside a range; neighbours are joined."""
+        found: list[slice] = []
+        for parameter, start, stop in self.segments:
+            start, stop = max(start, within.start), min(stop, within.stop)
+            if start < stop and chosen(parameter):
+                joined = found.pop() if found and found[-1].stop == start else slice(start, stop)
+                found.append(slice(joined.start, stop))
+        return found
+
+    def parts(self, within: slice) -> Iterator[tuple[Parameter, slice, slice]]:
+        """Each parameter's part of a range: flat range in its box, and flat range in the bucket."""
+        for parameter, start, _ in self.segments:
+            first, last = max(start, within.start), min(start + parameter.held, within.stop)
+            if first < last:
+                yield parameter, slice(first - start, last - start), slice(first, last)
+
+    def squares(self, chosen: Callable[[Parameter], bool] | None) -> np.ndarray:
+        """(pieces,) float64: sums of squares of the owned gradient, zeros where it is not owned.
+
+        A piece's sum has the same bits whoever owns it.
+
+        Args:
+            chosen: the parameters that count; None: all.
+        """
+        sums = np.zeros(self.pieces)
+        length = self.size // self.pieces
+        for piece in range(self.owned.start // length, self.owned.stop // length):
+            within = share(self.size, piece, self.pieces)
+            for part in [within] if chosen is None else self.ranges(chosen, within):
+                sums[piece] += _sum_of_squares(self.gradient[self.local(part)])
+        return sums
+
+    def local(self, part: slice) -> slice:
+        """A range of the bucket as a range of the arrays of what is owned."""
+        return slice(part.start - self.owned.start, part.stop - self.owned.start)
 
 
-def make_buckets(model: Layer) -> list[Bucket]:
-    """Put every parameter of the model into a bucket, in the order of the model."""
-    used_by: dict[int, int] = {}
-    for _, layer in model.named_layers():
+def _sum_of_squares(flat: Any) -> float:
+    xp, block = backend.array_module(flat), backend.BLOCK
+    sums = xp.empty(backend.slice_count(xp, len(flat), block), xp.float64)
+
+    def body(s: slice) -> None:
+        sums[s.start // block] = xp.dot(flat[s], flat[s])
+
+    backend.for_slices(xp, body, len(flat), block)
+    return float(sums.sum())
+
+
+def make_buckets(model: Layer, pieces: int = 1) -> dict[str, Bucket]:
+    """Put every parameter of the model into a bucket.
+
+    Args:
+        pieces: as Bucket's.
+
+    Returns: for the name of each top-level layer with parameters its bucket, in the order of the model.
+        Parameters that stand in none have the name "".
+    """
+    names = [name for name, part in model.parts() if isinstance(part, Layer)]
+    users: dict[int, list[str]] = {}
+    for full, layer in model.named_layers():
+        owner = next((n for n in names if full == n or full.startswith(f"{n}.")), "")
         for _, part in layer.parts():
-            if isinstance(part, Parameter):
-                used_by[id(part)] = used_by.get(id(part), 0) + 1
-    groups: dict[str, list[Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        shared = used_by[id(parameter)] > 1
-        groups.setdefault("tied" if shared else _group(name), []).append(parameter)
-    return [Bucket(name, parameters) for name, parameters in groups.items()]
+            if isinstance(part, Parameter) and owner not in users.setdefault(id(part), []):
+                users[id(part)].append(owner)
+    groups: dict[tuple[str, ...], list[Parameter]] = {}
+    for _, parameter in model.named_parameters():
+        groups.setdefault(tuple(users[id(parameter)]), []).append(parameter)
+    found: dict[str, Bucket] = {}
+    for owners, parameters in groups.items():
+        bucket = Bucket(" and ".join(owners), parameters, pieces)
+        bucket.users = len(owners)
+        for owner in owners:
+            if owner in found:
+                raise CupytronError(
+                    f"{owner}: shares a parameter with another layer and has others of its own; "
+                    "put those into a layer of their own"
+                )
+            found[owner] = bucket
+    return found
 
 
-def _group(name: str) -> str:
-    first, *rest = name.split(".")
-    if first == "blocks":
-        return f"blocks.{rest[0]}"
-    return "first" if first in ("embedding", "positions") else "last"
+def share(size: int, part: int, parts: int) -> slice:
+    """Range number `part` of `parts` equal ones."""
+    length = size // parts
+    return slice(part * length, (part + 1) * length)

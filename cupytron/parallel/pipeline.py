@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import ops
-from cupytron.layer import Layer, MicroBatch, Stash
+from cupytron.layer import MicroBatch, Stash
 from cupytron.parallel.schedules import Action
 
 
@@ -30,10 +29,17 @@ def cut(
     step: int = 0,
     seed: int = 0,
     training: bool = True,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> list[Work]:
-    """Cut a step's sequences into micro-batches.
+    """Cut a replica's sequences into its micro-batches.
 
-    Shapes: inputs, targets (global_batch, S).
+    Shapes: inputs, targets (sequences, S).
+
+    Args:
+        micro_batch: sequences of each.
+        step, seed, training: as MicroBatch's.
+        replica, replicas: number i here is micro-batch i * replicas + replica of the step.
     """
     count, seq = inputs.shape
     positions = np.arange(seq)
@@ -44,7 +50,7 @@ def cut(
                 sequence_length=seq,
                 positions=positions,
                 step=step,
-                first_token=first * seq,
+                first_token=(first * replicas + replica * micro_batch) * seq,
                 training=training,
                 seed=seed,
             ),
@@ -56,23 +62,23 @@ def cut(
 
 
 def run_schedule(
-    model: Layer, actions: Sequence[Action], work: Sequence[Work], scale: float
-) -> float:
+    model: Any, actions: Sequence[Action], work: Sequence[Work], scale: float
+) -> list[float]:
     """Run `actions` in order; gradients are added to the parameters'.
 
     Args:
-        model: token ids to logits.
+        model: token ids to logits, with a `loss` that writes its gradient over them.
         actions: of this stage.
         work: the micro-batches that the actions name.
         scale: of the loss; 1 / (targets that count in all micro-batches) makes it their mean.
 
-    Returns: the sum of the micro-batches' scaled losses.
+    Returns: the micro-batches' scaled losses, in the order of their forward.
     """
     puts_off = any(action.kind == "W" for action in actions)
     has_backward = {action.micro_batch for action in actions if action.kind == "B"}
     stashes: dict[int, Stash] = {}
     gradients: dict[int, Any] = {}
-    loss = 0.0
+    losses = []
     for action in actions:
         m = action.micro_batch
         if action.kind == "F":
@@ -82,9 +88,9 @@ def run_schedule(
             else:
                 stash = stash.discarding()
             logits = model.forward(work[m].ids, stash)
-            loss += ops.cross_entropy(logits, work[m].targets, scale)
+            losses.append(model.loss(logits, work[m].targets, scale))
             if m in has_backward:
-                gradients[m] = logits  # cross_entropy has written its gradient there
+                gradients[m] = logits  # the loss has written its gradient there
             del logits
         elif action.kind == "B":
             stash = stashes[m] if puts_off else stashes.pop(m)
@@ -92,4 +98,4 @@ def run_schedule(
             assert len(stash) == 0, f"backward left {len(stash)} entries in the stash"
         else:
             stashes.pop(m).run_weight_grads()
-    return loss
+    return losses

@@ -1,0 +1,266 @@
+"""Tensor and sequence parallelism: layers cut along their features, and the region between them.
+
+A column-parallel layer has a share of its outputs on each rank, a row-parallel layer a share of its inputs;
+between the two no rank needs what another has. Where activations enter and leave such a region, ranks talk.
+
+Reference: Shoeybi et al. 2019, arXiv:1909.08053, section 3 (f and g); Korthikanti et al. 2022,
+arXiv:2205.05198, section 4.2 (g and g bar, sequence parallelism).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cupytron import backend, ops
+from cupytron.comm import Communicator
+from cupytron.layer import Layer, Parameter, Stash
+
+
+class Region:
+    """The border of a tensor-parallel region; outside it every rank has all tokens' activations.
+
+    Shapes: outside and inside (T, D), inside as partial sums where a row-parallel layer made them.
+    Communication: enter forward none, backward one all-reduce of (T, D); leave the other way round.
+    """
+
+    def __init__(self, tp: Communicator) -> None:
+        self.tp = tp
+
+    def enter(self, x: Any) -> Any:
+        return x
+
+    def enter_backward(self, dx: Any) -> Any:
+        return self.tp.all_reduce(dx)
+
+    def leave(self, y: Any) -> Any:
+        return self.tp.all_reduce(y)
+
+    def leave_backward(self, dy: Any) -> Any:
+        return dy
+
+
+class SequenceRegion(Region):
+    """The border under sequence parallelism: outside it each rank has its share of the tokens.
+
+    Shapes: outside (T / tp, D), inside (T, D).
+    Communication: enter forward one all-gather of (T, D), backward one reduce-scatter; leave the other
+    way round.
+    """
+
+    def enter(self, x: Any) -> Any:
+        return self.tp.all_gather(x)
+
+    def enter_backward(self, dx: Any) -> Any:
+        return self.tp.reduce_scatter(dx)
+
+    def leave(self, y: Any) -> Any:
+        return self.tp.reduce_scatter(y)
+
+    def leave_backward(self, dy: Any) -> Any:
+        # an all-gather sends contiguous arrays only
+        return self.tp.all_gather(backend.array_module(dy).ascontiguousarray(dy))
+
+
+class Entry:
+    """The way into a region, one for all column-parallel layers that share an input.
+
+    The layer that comes first lets x in. The others, given the same array, find it inside; in backward
+    they leave their part of its gradient here, return zeros, and the first one sends the sum out.
+
+    Args:
+        region: the border. members: how many column-parallel layers may share an input.
+        keep: stash x as it is inside; otherwise as it is outside, and let it in again in backward.
+    """
+
+    def __init__(self, region: Region, members: int, keep: bool) -> None:
+        self.region, self.members, self.keep = region, members, keep
+        self._x: Any = None  # let in last, until all members have had it
+        self._inside: Any = None
+        self._asked = 0
+        self._again: Any = None  # let in again in backward
+        self._dx: Any = None  # sum of the members' gradients
+
+    def forward(self, x: Any, layer: Layer, stash: Stash) -> Any:
+        """x inside the region; what backward needs goes into the stash."""
+        first = x is not self._x
+        if first:
+            self._x, self._inside, self._asked = x, self.region.enter(x), 0
+        inside = self._inside
+        self._asked += 1
+        if self._asked == self.members:
+            self._x = self._inside = None
+        stash.push(layer, inside if self.keep else x, first)
+        return inside
+
+    def saved(self, layer: Layer, stash: Stash) -> tuple[Any, bool]:
+        """For backward: x inside the region, and whether this layer let it in."""
+        x, first = stash.pop(layer)
+        if self.keep:
+            return x, first
+        inside = self.region.enter(x) if self._again is None else self._again
+        self._again = None if first else inside
+        return inside, first
+
+    def backward(self, dx: Any, first: bool) -> Any:
+        """The gradient outside, given this layer's part of it inside."""
+        if self._dx is not None:
+            dx += self._dx
+        self._dx = None if first else dx
+        if first:
+            return self.region.enter_backward(dx)
+        xp = backend.array_module(dx)
+        rows = len(dx) // (self.region.tp.size if isinstance(self.region, SequenceRegion) else 1)
+        return xp.zeros((rows, dx.shape[1]), dx.dtype)
+
+
+class ColumnLinear(Layer):
+    """y = x @ weight + bias with a share of the columns on each rank.
+
+    Shapes: x as outside the region; y (T, D_out / tp); weight (D_in, D_out / tp), bias (D_out / tp,).
+    Communication: forward and backward as its entry's region.
+    """
+
+    def __init__(self, weight: Parameter, bias: Parameter | None, entry: Entry) -> None:
+        self.weight, self.bias, self.entry = weight, bias, entry
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        inside = self.entry.forward(x, self, stash)
+        return ops.linear(inside, self.weight.data, self.bias.data if self.bias else None)
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        x, first = self.entry.saved(self, stash)
+        stash.weight_grad(self.weight, x, dy)
+        if self.bias:
+            self.bias.grad += ops.sum_rows(dy)
+        return self.entry.backward(ops.matmul(dy, self.weight.data.T), first)
+
+
+class RowLinear(Layer):
+    """y = x @ weight + bias with a share of the rows on each rank, and of x's features.
+
+    Shapes: x (T, D_in / tp); y as outside the region; weight (D_in / tp, D_out), bias (D_out,).
+    Communication: forward and backward as its region.
+    """
+
+    def __init__(self, weight: Parameter, bias: Parameter | None, region: Region) -> None:
+        self.weight, self.bias, self.region = weight, bias, region
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        stash.push(self, x)
+        y = self.region.leave(ops.matmul(x, self.weight.data))
+        if self.bias:
+            y += self.bias.data  # once, after the sum over the ranks
+        return y
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        (x,) = stash.pop(self)
+        if self.bias:
+            self.bias.grad += ops.sum_rows(dy)
+        dy = self.region.leave_backward(dy)
+        stash.weight_grad(self.weight, x, dy)
+        return ops.matmul(dy, self.weight.data.T)
+
+
+class VocabularyEmbedding(Layer):
+    """y[t] = weight[ids[t]] with a share of the rows on each rank.
+
+    Shapes: ids (T,), y as outside the region, weight (ceil(V / tp), D).
+    Communication: forward as leaving the region, of (T, D); backward as its adjoint.
+    """
+
+    backward_reads_weights = False
+
+    def __init__(self, weight: Parameter, region: Region) -> None:
+        self.weight, self.region = weight, region
+
+    def forward(self, ids: Any, stash: Stash) -> Any:
+        stash.push(self, ids)
+        mine, local = self._mine(ids)
+        y = ops.embedding(local, self.weight.data)
+        y *= mine[:, None]
+        return self.region.leave(y)
+
+    def backward(self, dy: Any, stash: Stash) -> None:
+        (ids,) = stash.pop(self)
+        dy = self.region.leave_backward(dy)
+        mine, local = self._mine(ids)
+        if mine.any():
+            ops.embedding_backward(dy[mine], local[mine], self.weight.grad)
+
+    def _mine(self, ids: Any) -> tuple[Any, Any]:
+        """Which ids stand in this rank's rows, and where (0 for the others)."""
+        rows = self.weight.box[0]
+        mine = (ids >= rows.start) & (ids < rows.stop)
+        return mine, backend.array_module(ids).where(mine, ids - rows.start, 0)
+
+
+class VocabularyHead(Layer):
+    """logits = x @ weight.T with a share of the vocabulary on each rank; the logits are never gathered.
+
+    Shapes: x as outside the region; logits (T, rows) with this rank's rows of the vocabulary, without
+    padding; weight (ceil(V / tp), D).
+    Communication: as its entry's region; the loss one all-gather of (3, T) float64.
+    """
+
+    def __init__(self, weight: Parameter, entry: Entry) -> None:
+        self.weight, self.entry = weight, entry
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        return ops.matmul(self.entry.forward(x, self, stash), self._rows().T)
+
+    def backward(self, dlogits: Any, stash: Stash) -> Any:
+        x, first = self.entry.saved(self, stash)
+        stash.weight_grad(self.weight, dlogits, x)
+        return self.entry.backward(ops.matmul(dlogits, self._rows()), first)
+
+    def _rows(self) -> Any:
+        rows = self.weight.box[0]
+        return self.weight.data[: rows.stop - rows.start]  # padding never gets probability
+
+    def loss(self, logits: Any, targets: Any, scale: float) -> float:
+        """As nn.Head.loss; the same on every rank."""
+        first = self.weight.box[0].start
+        return vocabulary_cross_entropy(logits, targets, scale, first, self.entry.region.tp)
+
+
+def vocabulary_cross_entropy(
+    logits: Any, targets: Any, scale: float, first: int, tp: Communicator
+) -> float:
+    """ops.cross_entropy on shards of the vocabulary.
+
+    Shapes: logits (T, rows), this rank's, overwritten with their gradient; targets (T,) global ids.
+    Args:
+        first: global id of the first row. tp: the ranks that hold the others.
+    Communication: one all-gather of (3, T) float64: each rank's largest logit, its sum of exponentials
+        relative to that, and the target's logit where it has it.
+    """
+    xp = backend.array_module(logits)
+    own = xp.zeros((1, 3, len(logits)), xp.float64)
+    counts = targets != ops.IGNORE
+    mine = counts & (targets >= first) & (targets < first + logits.shape[1])
+    token, column = xp.flatnonzero(mine), targets[mine] - first
+    own[0, 2, token] = logits[token, column]
+
+    def exponentials(rows: slice) -> None:
+        z = logits[rows]
+        peak = z.max(axis=1, keepdims=True, initial=-np.inf)  # a rank may have no row at all
+        z -= peak
+        xp.exp(z, out=z)
+        own[0, 0, rows] = peak[:, 0]
+        own[0, 1, rows] = xp.einsum("tv->t", z)
+
+    block = backend.rows_per_block(max(1, logits.shape[1]))
+    backend.for_slices(xp, exponentials, len(logits), block)
+
+    peaks, sums, at_target = tp.all_gather(own).transpose(1, 0, 2)
+    peak = peaks.max(axis=0)
+    total = (sums * xp.exp(peaks - peak)).sum(axis=0)
+    losses = xp.where(counts, xp.log(total) + peak - at_target.sum(axis=0), 0.0)
+    factor = (counts * scale * xp.exp(own[0, 0] - peak) / total).astype(logits.dtype)
+
+    def gradient(rows: slice) -> None:
+        logits[rows] *= factor[rows, None]
+
+    backend.for_slices(xp, gradient, len(logits), block)
+    logits[token, column] -= logits.dtype.type(scale)
+    return float(losses.sum()) * scale

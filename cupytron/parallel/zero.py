@@ -1,0 +1,261 @@
+"""Data parallelism and ZeRO, one implementation with a stage.
+
+    stage  weights  gradient  state   a bucket's gradient is reduced
+    0      all      all       all     once a step: all-reduce
+    1      all      all       share   once a step: reduce-scatter; the new weights are gathered
+    2      all      share     share   after each micro-batch: reduce-scatter; the new weights are gathered
+    3      share    share     share   after each micro-batch; weights are gathered where a layer runs
+
+A share is 1 / dp of every bucket. Nothing here asks for the number of replicas: alone, a share is all.
+
+Reference: Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from cupytron.comm import ParallelContext
+from cupytron.errors import CupytronError
+from cupytron.layer import Layer, Stash, Wrapper
+from cupytron.parallel.buffer import Bucket, make_buckets, share
+from cupytron.parallel.data import TreeSum, tree_reduce_scatter
+
+PIECES = 64  # of a deterministic bucket: the most replicas that give the same bits
+_IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
+
+
+class Zero:
+    """A model's weights, gradients and optimizer state, spread over the replicas.
+
+    Args:
+        model: parallelized, not materialised; its top-level layers are wrapped in place.
+        context: the mesh.
+        stage: 0 to 3.
+        deterministic: the same bits on any number of replicas and at any stage; needs more memory.
+        training: allocate gradients.
+
+    Attributes:
+        buckets: in the order of the model.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        context: ParallelContext,
+        stage: int = 0,
+        deterministic: bool = False,
+        training: bool = True,
+    ) -> None:
+        self.context, self.dp, self.stage = context, context.dp, stage
+        self.deterministic, self.training = deterministic, training
+        self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
+        pieces = PIECES if deterministic else self.dp.size
+        if PIECES % self.dp.size and deterministic:
+            fits = ", ".join(str(1 << k) for k in range(PIECES.bit_length()))
+            raise CupytronError(
+                f"deterministic training with dp={self.dp.size}: replicas are the levels of a binary "
+                f"tree; choose dp from {fits}"
+            )
+        by_layer = make_buckets(model, pieces)
+        self.buckets = list(dict.fromkeys(by_layer.values()))
+        for bucket in self.buckets:
+            if stage >= 1:
+                bucket.owned = share(bucket.size, self.dp.rank, self.dp.size)
+        self._wrap(model, by_layer)
+        self._expected = 0  # backward passes of a step through each layer
+        self._finished: dict[str, int] = {}  # of a bucket's users, in this step
+        self._pending: list[tuple[Bucket, Any]] = []
+        self._trees = {bucket.name: TreeSum() for bucket in self.buckets}
+        self._gathers: dict[str, Any] = {}
+
+    def _wrap(self, model: Layer, by_layer: dict[str, Bucket]) -> None:
+        layers: list[BucketLayer] = []
+
+        def change(name: str, layer: Layer) -> Layer:
+            if name not in by_layer:
+                return layer
+            layers.append(BucketLayer(name, layer, by_layer[name], self))
+            return layers[-1]
+
+        model.replace(change)
+        if lost := [name for name in by_layer if name not in {layer.name for layer in layers}]:
+            raise CupytronError(
+                f"{lost[0] or 'the model'}: has parameters that stand in no layer of the model; put "
+                "each into a layer that is an attribute, or in a dict that is one"
+            )
+        for first, second in itertools.pairwise(layers):
+            first.following, second.preceding = second, first
+
+    def materialize(self, seed: int, dtype: Any, state: tuple[str, ...] = ()) -> None:
+        """Allocate what this rank holds; weights get their initial values, state zeros."""
+        for bucket in self.buckets:
+            data = bucket.initial_weights(seed, dtype)
+            if self.stage < 3:
+                bucket.set_data(data)
+                bucket.weights = data[bucket.owned]
+            else:
+                bucket.weights = data[bucket.owned].copy()
+                bucket.set_data(None)
+            del data
+            if not self.training:
+                continue
+            if self.parts_at_once:
+                bucket.gradient = np.zeros_like(bucket.weights)
+            else:
+                bucket.set_grad(np.zeros(bucket.size, dtype))
+                bucket.gradient = bucket.grad[bucket.owned]
+            bucket.state = {name: np.zeros_like(bucket.weights) for name in state}
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state that this rank holds between steps."""
+        total = 0
+        for bucket in self.buckets:
+            weights = bucket.weights if bucket.data is None else bucket.data
+            gradient = bucket.gradient if bucket.grad is None else bucket.grad
+            total += sum(a.nbytes for a in (weights, gradient, *bucket.state.values()))
+        return total
+
+    # gradients
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Say how many micro-batches this replica will run backward."""
+        self._expected = micro_batches
+        self._finished = {bucket.name: 0 for bucket in self.buckets}
+
+    def open_gradient(self, bucket: Bucket) -> None:
+        """Make room for a full gradient, where there is none between micro-batches."""
+        if bucket.grad is None:
+            while len(self._pending) >= _IN_FLIGHT:
+                self._complete(*self._pending.pop(0))
+            bucket.set_grad(np.zeros(bucket.size, bucket.weights.dtype))
+
+    def gradient_ready(self, bucket: Bucket) -> None:
+        """One of the bucket's users has run backward; the last one starts the reduction."""
+        self._finished[bucket.name] += 1
+        passes = 1 if self.parts_at_once else self._expected
+        if self._finished[bucket.name] % (bucket.users * passes):
+            return
+        if self.deterministic:
+            handle = tree_reduce_scatter(self.dp, bucket.grad)
+        elif self.stage == 0:
+            handle = self.dp.all_reduce(bucket.grad, async_op=True)
+        else:
+            handle = self.dp.reduce_scatter(bucket.grad, async_op=True)
+        if self.parts_at_once:
+            bucket.set_grad(None)
+        self._pending.append((bucket, handle))
+
+    def _complete(self, bucket: Bucket, handle: Any) -> None:
+        reduced = handle.wait()
+        if self.deterministic:
+            self._trees[bucket.name].add(reduced)
+        elif self.stage >= 2:
+            bucket.gradient += reduced
+        elif self.stage == 1:
+            bucket.grad[...] = 0  # the other shares are others' business
+            bucket.gradient[...] = reduced
+
+    def finish_gradients(self) -> None:
+        """Wait for the reductions; afterwards every bucket's `gradient` is the whole step's."""
+        while self._pending:
+            self._complete(*self._pending.pop(0))
+        for bucket in self.buckets:
+            if self.deterministic:
+                mine = self._trees[bucket.name].take()
+                if self.stage == 0:
+                    self.dp.all_gather(mine, out=bucket.gradient)
+                else:
+                    bucket.gradient[...] = mine
+            for part in bucket.ranges(lambda p: p.partial, bucket.owned):
+                self.context.tp.all_reduce(bucket.gradient[bucket.local(part)])
+
+    def global_norm(self) -> float:
+        """Root of the sum of squares of the whole gradient, each logical element counted once.
+
+        Communication: one all-reduce of a float64 for each piece of each bucket, over dp (from stage 1
+        on) and tp.
+        """
+        tp = self.context.tp
+        # what all tensor ranks have is counted by the first of them
+        chosen = (lambda p: not p.whole) if tp.rank else None
+        sums = np.array([bucket.squares(chosen) for bucket in self.buckets])
+        if self.stage >= 1:
+            self.dp.all_reduce(sums)  # others add zeros to a piece: no order of them changes a bit
+        tp.all_reduce(sums)
+        return math.sqrt(math.fsum(sums.reshape(-1)))
+
+    def clear_gradients(self) -> None:
+        """Set all gradients to zero, for the next step."""
+        for bucket in self.buckets:
+            whole = bucket.gradient if bucket.grad is None else bucket.grad
+            whole[...] = 0
+
+    # weights
+
+    def publish(self) -> None:
+        """After an update: give the other replicas this one's share of the weights."""
+        if self.stage in (1, 2):
+            handles = [
+                self.dp.all_gather(bucket.weights, out=bucket.data, async_op=True)
+                for bucket in self.buckets
+            ]
+            for handle in handles:
+                handle.wait()
+
+    def gather(self, bucket: Bucket) -> None:
+        """Start to gather a bucket's weights, unless they are here."""
+        if bucket.data is None and bucket.name not in self._gathers:
+            full = np.empty(bucket.size, bucket.weights.dtype)
+            self._gathers[bucket.name] = self.dp.all_gather(bucket.weights, full, async_op=True)
+
+    def open_weights(self, bucket: Bucket) -> None:
+        """Have a bucket's weights here."""
+        self.gather(bucket)
+        if bucket.name in self._gathers:
+            bucket.set_data(self._gathers.pop(bucket.name).wait())
+
+    def close_weights(self, bucket: Bucket) -> None:
+        """Let them go, under stage 3."""
+        if self.stage == 3:
+            bucket.set_data(None)
+
+
+class BucketLayer(Wrapper):
+    """A top-level layer with its bucket: weights gathered before it runs, gradients reduced after.
+
+    While one layer runs, the weights of the next one in this direction are on their way.
+    """
+
+    def __init__(self, name: str, inner: Layer, bucket: Bucket, zero: Zero) -> None:
+        super().__init__(inner)
+        self.name = name
+        self.bucket, self.zero = bucket, zero
+        self.preceding: BucketLayer | None = None
+        self.following: BucketLayer | None = None
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        zero = self.zero
+        zero.open_weights(self.bucket)
+        if self.following:
+            zero.gather(self.following.bucket)
+        y = self.inner.forward(x, stash)
+        # the last layer's backward comes next, with the same weights
+        if self.following or not stash.keeps:
+            zero.close_weights(self.bucket)
+        return y
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        zero = self.zero
+        if self.inner.backward_reads_weights:
+            zero.open_weights(self.bucket)
+        if self.preceding and self.preceding.inner.backward_reads_weights:
+            zero.gather(self.preceding.bucket)
+        zero.open_gradient(self.bucket)
+        dx = self.inner.backward(dy, stash)
+        zero.close_weights(self.bucket)
+        stash.then(lambda: zero.gradient_ready(self.bucket))
+        return dx
