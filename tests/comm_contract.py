@@ -1,9 +1,12 @@
 """What every communicator must do, at any number of ranks: bodies for threads and for mpirun.
 
 mpiexec -n 4 python tests/comm_contract.py
+mpiexec -n 2 python tests/comm_contract.py 3000    # as many groups, opened and closed
 """
 
 import sys
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -56,6 +59,22 @@ def check_all_gather(comm: Communicator) -> None:
         equal(x, part(comm.rank, (3, 2), dtype), dtype)
 
 
+def check_all_gather_into(comm: Communicator) -> None:
+    """In place, where x is this rank's part of the result, and from elsewhere."""
+    for dtype in DTYPES:
+        want = np.concatenate(everyone(comm, (3, 2), dtype))
+        for async_op in (False, True):
+            for place in ("own part", "elsewhere"):
+                out = np.zeros((3 * comm.size, 2), dtype)
+                x = out[3 * comm.rank : 3 * comm.rank + 3]
+                x[...] = part(comm.rank, (3, 2), dtype)
+                if place == "elsewhere":
+                    x = x.copy()
+                got = comm.all_gather(x, out, async_op)
+                assert (got.wait() if async_op else got) is out
+                equal(out, want, dtype)
+
+
 def check_reduce_scatter(comm: Communicator) -> None:
     for dtype in DTYPES:
         shape = (2 * comm.size, 3)
@@ -70,6 +89,32 @@ def check_all_to_all(comm: Communicator) -> None:
         got = comm.all_to_all(part(comm.rank, shape, dtype))
         mine = slice(2 * comm.rank, 2 * comm.rank + 2)
         equal(got, np.concatenate([a[mine] for a in everyone(comm, shape, dtype)]), dtype)
+
+
+def check_halves_in_any_order(comm: Communicator) -> None:
+    """16-bit sums under way together, waited for in another order on every other rank."""
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        shape = (2 * comm.size, 3)
+        total = sum(a.astype(np.float64) for a in everyone(comm, shape, dtype))
+        mine = slice(2 * comm.rank, 2 * comm.rank + 2)
+        x = [part(comm.rank, shape, dtype) for _ in range(4)]
+        handles = [
+            comm.all_reduce(x[0], async_op=True),
+            comm.reduce_scatter(x[1], async_op=True),
+            comm.all_to_all(x[2], async_op=True),
+            comm.all_reduce(x[3], async_op=True),
+        ]
+        for handle in handles if comm.rank % 2 else reversed(handles):
+            handle.wait()
+        for i in (0, 3):
+            assert handles[i].wait() is x[i]
+            equal(x[i], total, dtype)
+        equal(handles[1].wait(), total[mine], dtype)
+        equal(
+            handles[2].wait(),
+            np.concatenate([a[mine] for a in everyone(comm, shape, dtype)]),
+            dtype,
+        )
 
 
 def check_broadcast(comm: Communicator) -> None:
@@ -99,6 +144,40 @@ def check_messages_of_one_pair_keep_their_order(comm: Communicator) -> None:
         assert [int(comm.recv(np.empty(1, np.int64), 0)[0]) for _ in range(5)] == list(range(5))
 
 
+def check_large_sends_before_receives(comm: Communicator) -> None:
+    """A send does not wait for its receiver, and its array may be used again at once."""
+    partner = comm.rank ^ 1
+    if comm.size == 1:
+        partner = 0
+    elif partner >= comm.size:
+        return
+    for dtype in (np.float64, ml_dtypes.bfloat16):
+        x = np.full(300_000, comm.rank, dtype)
+        for _ in range(2):
+            comm.send(x, partner)
+            x[...] = -1
+        out = np.empty(300_000, dtype)
+        comm.recv(out, partner)
+        equal(out, np.full(300_000, partner), dtype)
+        comm.recv(out, partner)
+        equal(out, np.full(300_000, -1), dtype)
+
+
+def check_a_message_that_does_not_fit_is_named(comm: Communicator) -> None:
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for sent, expected, async_op in ((10, 4, False), (4, 10, False), (10, 4, True), (4, 10, True)):
+        comm.send(np.zeros(sent), right)
+        try:
+            got = comm.recv(np.empty(expected), left, async_op)
+            got.wait()
+        except CommunicationError as error:
+            assert f"rank {left} sent" in str(error), error
+            assert f"rank {comm.rank} expects ({expected},) float64" in str(error), error
+        else:
+            raise AssertionError("the misfit was not seen")
+        comm.barrier()
+
+
 def check_handles(comm: Communicator) -> None:
     """Several at once, waited for in another order on every other rank."""
     arrays = [part(comm.rank + 10 * i, (50,), np.float64) for i in range(4)]
@@ -126,6 +205,37 @@ def check_a_forgotten_handle_does_no_harm(comm: Communicator) -> None:
     assert comm.all_reduce(np.ones(3)).tolist() == [comm.size] * 3
 
 
+def check_what_is_waited_for_can_be_read(comm: Communicator) -> None:
+    """By another thread, while rank 0 makes the others wait."""
+    seen = set()
+    over = threading.Event()
+
+    def look():
+        while not over.is_set():
+            seen.add(comm.operation)
+            time.sleep(0.002)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    names = {f"{n} on {comm.axis}" for n in ("barrier", "all_reduce", "all_gather")}
+    for _ in range(50):  # on a busy machine the looking thread may come too late
+        for call in (
+            comm.barrier,
+            lambda: comm.all_reduce(np.zeros(3)),
+            lambda: comm.all_gather(np.zeros(3), async_op=True).wait(),
+        ):
+            if comm.rank == 0:
+                time.sleep(0.02)
+            call()
+        if all(comm.gather_objects(comm.rank == 0 or names <= seen)):
+            break
+    else:
+        raise AssertionError(seen)
+    over.set()
+    looking.join()
+    assert comm.operation is None
+
+
 def check_objects_and_barrier(comm: Communicator) -> None:
     assert comm.gather_objects({"rank": comm.rank}) == [{"rank": r} for r in range(comm.size)]
     comm.barrier()
@@ -138,6 +248,19 @@ def check_split(comm: Communicator) -> None:
     assert half.all_gather(np.array([comm.rank])).tolist() == members
     again = half.split(0, half.rank, "again")
     assert again.all_gather(np.array([comm.rank])).tolist() == members
+
+
+def check_groups_can_be_closed(comm: Communicator, count: int = 20) -> None:
+    for i in range(count):
+        group = comm.split(comm.rank % 2, comm.rank, "short-lived")
+        group.all_reduce(np.zeros(3), async_op=True)
+        if i % 5 == 0:
+            group.send(np.zeros(20_000), (group.rank + 1) % group.size)
+            group.recv(np.empty(20_000), (group.rank - 1) % group.size)
+        group.close()
+        group.close()  # a second time is free
+    comm.close()  # the world stays open
+    assert comm.all_reduce(np.ones(1))[0] == comm.size
 
 
 def check_counters(comm: Communicator) -> None:
@@ -156,9 +279,15 @@ def check_counters(comm: Communicator) -> None:
     assert all(fresh.calls[name] == 1 for name in fresh.bytes)
     fresh.bytes.clear()
     fresh.broadcast(np.zeros(3), root=n - 1)
+    assert fresh.bytes["broadcast"] == (24 if fresh.rank == n - 1 and n > 1 else 0)
+    fresh.bytes.clear()
+    fresh.all_reduce(np.zeros(4 * n + 1, np.float16))  # padded to 5 n
+    assert fresh.bytes["all_reduce"] == 2 * 10 * (n - 1)
+    fresh.bytes.clear()
+    fresh.all_reduce(np.zeros(4 * n + 1, np.float16), async_op=True).wait()
+    assert fresh.bytes["all_reduce"] == (8 * n + 2) * (n - 1)
     neighbour = (fresh.rank + 1) % n
     fresh.exchange([(np.zeros(2), neighbour)], [(np.empty(2), (fresh.rank - 1) % n)])
-    assert fresh.bytes["broadcast"] == (24 if fresh.rank == n - 1 and n > 1 else 0)
     assert (fresh.bytes["send"], fresh.bytes["recv"]) == (16, 0)
 
 
@@ -197,9 +326,16 @@ def check_bad_arguments(comm: Communicator) -> None:
     refused(lambda: comm.send(np.zeros(1), comm.size), "is not a rank")
     refused(lambda: comm.recv(np.zeros(1), -1), "is not a rank")
     refused(lambda: comm.broadcast(np.zeros(1), comm.size), "is not a rank")
+    out = np.zeros((2 * comm.size, 2))
+    refused(lambda: comm.all_gather(np.zeros((3, 2)), out), "does not take")
+    refused(lambda: comm.all_gather(np.zeros((2, 2), np.float32), out), "does not take")
+    refused(lambda: comm.all_gather(np.zeros((2, 2)), out[:, ::-1]), "is not contiguous")
+    refused(lambda: comm.all_gather(np.float64(1), out), "no axis 0")
     if comm.size > 1:
         refused(lambda: comm.reduce_scatter(np.zeros(comm.size + 1)), "cannot be cut")
         refused(lambda: comm.all_to_all(np.zeros(comm.size + 1)), "cannot be cut")
+        other = (comm.rank + 1) % comm.size
+        refused(lambda: comm.all_gather(out[2 * other : 2 * other + 2], out), "overlaps")
 
 
 def check_mesh(comm: Communicator) -> None:
@@ -217,6 +353,8 @@ def check_mesh(comm: Communicator) -> None:
             assert context.tp.all_gather(np.array([comm.rank])).tolist() == list(
                 range(first, first + tp)
             )
+            assert context.operation is None
+            context.close()
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -226,6 +364,11 @@ def main() -> None:
     from cupytron.comm.mpi import MPICommunicator
 
     comm = MPICommunicator()
+    if sys.argv[1:]:
+        check_groups_can_be_closed(comm, int(sys.argv[1]))
+        if comm.rank == 0:
+            print(f"{sys.argv[1]} groups on {comm.size} ranks", flush=True)
+        return
     for check in CHECKS:
         check(comm)
         comm.barrier()

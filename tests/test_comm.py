@@ -1,6 +1,5 @@
 """Communicators: one contract for one process, threads and MPI; groups of the mesh; failing ranks."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import comm_contract
 import numpy as np
 import pytest
+from launchers import NAMES, OPENMPI, launch
 
 from cupytron.comm import CommunicationError, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.comm.mesh import place
@@ -26,24 +26,81 @@ def test_contract_in_threads(check, size):
     run_ranks(size, check)
 
 
-def mpiexec():
-    """The launcher of this environment first, then the path's."""
-    own = Path(sys.executable).with_name("mpiexec")
-    return str(own) if own.exists() else shutil.which("mpiexec")
+def under(name, size, *arguments):
+    """Run Python on several ranks."""
+    command, env = launch(name, size, [sys.executable, *map(str, arguments)])
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
 
 
-@pytest.mark.skipif(mpiexec() is None, reason="no MPI launcher: pip install mpich")
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_contract_under_mpi(size):
-    script = Path(__file__).with_name("comm_contract.py")
-    done = subprocess.run(
-        [mpiexec(), "-n", str(size), sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+SCRIPT = Path(comm_contract.__file__)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*(("mpich", n) for n in (1, 2, 3, 4, 8)), ("openmpi", 2), ("openmpi", 4)]
+)
+def test_contract_under_mpi(name, size):
+    done = under(name, size, SCRIPT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(comm_contract.CHECKS)} checks on {size} ranks" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thousands_of_groups_can_be_closed(name):
+    """MPICH has room for 2048 at a time."""
+    done = under(name, 2, SCRIPT, 3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3000 groups on 2 ranks" in done.stdout
+
+
+def test_a_send_is_delivered_though_its_sender_has_ended():
+    code = (
+        "import time, numpy as np\n"
+        "from cupytron.comm import open_world\n"
+        "world = open_world()\n"
+        "if world.rank == 0:\n"
+        "    world.send(np.ones(10**6), 1)\n"
+        "else:\n"
+        "    time.sleep(0.3)\n"
+        "    print(world.recv(np.empty(10**6), 0).sum())"
+    )
+    done = under("mpich", 2, "-c", code)
+    assert (done.returncode, done.stdout) == (0, "1000000.0\n"), done.stderr
+
+
+OPEN = (
+    "from cupytron.comm import open_world\n"
+    "world = open_world()\n"
+    "print(f'{world.size} {world.axis}\\n', end='')"
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_world_is_that_of_the_launcher(name):
+    done = under(name, 2, "-c", OPEN)
+    # launchers may mix the ranks' lines
+    assert done.stdout.count("2 world") == 2, done.stdout + done.stderr
+
+
+def test_one_process_under_a_launcher_needs_no_mpi():
+    done = under("mpich", 1, "-c", f"{OPEN}\nimport sys; print('mpi4py' in sys.modules)")
+    assert done.stdout == "1 world\nFalse\n"
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        ("lib/libmpi.so.40", "started 2 processes, and MPI knows 1: mpi4py has loaded Open MPI"),
+        ("lib/missing.so", "started 2 processes, and MPI cannot be loaded"),
+    ],
+)
+def test_another_library_than_the_launcher_s_is_refused(library, words):
+    """N worlds of one process would be N runs that write the same files."""
+    launch("openmpi", 1, [])  # has the library that is loaded here
+    command, env = launch("mpich", 2, [sys.executable, "-c", OPEN])
+    env["MPI4PY_LIBMPI"] = str(OPENMPI / library)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode != 0 and "world" not in done.stdout
+    assert words in done.stderr and "suspicious" not in done.stderr
 
 
 def test_a_failing_rank_ends_the_others():
@@ -81,6 +138,17 @@ def test_a_message_of_another_shape_is_named():
         CommunicationError, match=r"rank 0 sent \(3,\) float64, rank 1 expects \(4,\)"
     ):
         run_ranks(2, body, timeout=5)
+
+
+def test_ranks_that_call_different_operations_are_named():
+    def body(comm):
+        if comm.rank == 1:
+            comm.all_gather(np.zeros(2))
+        else:
+            comm.all_reduce(np.zeros(2))
+
+    with pytest.raises(CommunicationError, match=r"ranks of world disagree: rank \d calls all_"):
+        run_ranks(3, body, timeout=20)
 
 
 # rank -> members of its tp, dp and pp group, written out by hand

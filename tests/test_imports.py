@@ -26,6 +26,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "checkpoint_format"},
     {"parallel", "optim"},
+    {"sampling"},
     {"trainer", "generate", "run_folder"},
     {"stop", "metrics", "bench", "run", "trained", "report", "report_page", "chart"},
     {"cli"},
@@ -107,7 +108,10 @@ def test_settings_are_read_before_numpy():
 
 
 def test_a_single_process_never_imports_mpi():
-    code = "import cupytron.run, cupytron.trained, cupytron.bench"
+    code = (
+        "import cupytron.run, cupytron.trained, cupytron.bench, cupytron.comm\n"
+        "cupytron.comm.open_world().barrier()"
+    )
     assert not {"mpi4py", "cupy", "rich", "tokenizers"} & loaded_by(code)
 
 

@@ -1,13 +1,11 @@
 """Communicators and the mesh that they form."""
 
-from cupytron.comm.communicator import (
-    CommunicationError,
-    Communicator,
-    Handle,
-    SelfCommunicator,
-)
+from cupytron.comm.alone import SelfCommunicator
+from cupytron.comm.bookkeeping import CommunicationError, Handle
+from cupytron.comm.communicator import Communicator
 from cupytron.comm.mesh import ParallelContext
 from cupytron.comm.thread import ThreadCommunicator, run_ranks
+from cupytron.comm.world import open_world
 
 __all__ = [
     "CommunicationError",
@@ -16,5 +14,6 @@ __all__ = [
     "ParallelContext",
     "SelfCommunicator",
     "ThreadCommunicator",
+    "open_world",
     "run_ranks",
 ]

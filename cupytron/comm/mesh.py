@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from cupytron.comm.communicator import Communicator, SelfCommunicator
+from cupytron.comm.alone import SelfCommunicator
+from cupytron.comm.communicator import Communicator
 from cupytron.errors import CupytronError
 
 AXES = ("pp", "dp", "tp")  # outermost first: tensor-parallel ranks are neighbours
@@ -46,6 +47,17 @@ class ParallelContext:
         self.tp = self._along("tp")
         self.pp = self._along("pp")
         self.dp = self._along("dp")
+
+    @property
+    def operation(self) -> str | None:
+        """What this rank waits for just now; another thread may ask."""
+        asked = (axis.operation for axis in (self.tp, self.pp, self.dp, self.world))
+        return next((operation for operation in asked if operation is not None), None)
+
+    def close(self) -> None:
+        """Give the groups back; the world stays open. Collective: not for a rank that has failed."""
+        for axis in (self.tp, self.pp, self.dp):
+            axis.close()
 
     def _along(self, axis: str) -> Communicator:
         """The ranks that differ from this one along `axis` only."""

@@ -1,5 +1,6 @@
 """Ranks as processes under MPI, through mpi4py's buffers. Imported only where a launcher is at work."""
 
+import atexit
 from collections.abc import Callable
 from typing import Any
 
@@ -8,34 +9,77 @@ from mpi4py import MPI
 from cupytron.comm.communicator import Communicator
 
 
+class _Request:
+    """A request of MPI's, the buffers that it reads and writes, and how it ended."""
+
+    def __init__(self, owner: Communicator, request: Any, buffers: tuple[Any, ...]) -> None:
+        self.owner, self.buffers = owner, buffers
+        self.buffered = False  # a send that nobody waits for
+        self.status = MPI.Status()
+        self.error: Exception | None = None
+        self._request = request
+
+    def done(self) -> bool:
+        return self._end(self._request.Test)
+
+    def wait(self) -> None:
+        # a wait that was interrupted may be repeated; one that is over returns at once
+        self._end(self._request.Wait)
+        if self.error is not None:
+            raise self.error
+
+    def _end(self, call: Callable[[Any], bool]) -> bool:
+        if self._request == MPI.REQUEST_NULL:
+            return True  # asking again would empty the status
+        try:
+            return call(self.status)
+        except MPI.Exception as error:
+            # kept for whoever waits: another operation may be the one that finds out
+            self.error = error
+            return True
+
+
+# MPI reads and writes buffers until a request is done, also if nobody keeps the handle
+_pending: list[_Request] = []
+
+
+def _complete(wanted: Callable[[_Request], bool]) -> None:
+    global _pending
+    for request in _pending:
+        if wanted(request):
+            request.wait()
+    _pending = [request for request in _pending if not wanted(request)]
+
+
 class MPICommunicator(Communicator):
     """A group of MPI processes; all of them, unless `comm` says otherwise."""
 
     def __init__(self, comm: Any = None, axis: str = "world") -> None:
         self._comm = MPI.COMM_WORLD if comm is None else comm
+        self._own = comm is not None
         super().__init__(self._comm.rank, self._comm.size, axis)
-        self._pending: list[tuple[Any, tuple[Any, ...]]] = []
 
     def split(self, color: int, key: int, axis: str) -> Communicator:
         return MPICommunicator(self._comm.Split(color, key), axis)
 
-    def _all_reduce(self, x: Any) -> Callable[[], Any]:
-        done = self._waiting(self._comm.Iallreduce(MPI.IN_PLACE, x, MPI.SUM), x)
+    def close(self) -> None:
+        _complete(lambda request: request.owner is self)
+        if self._own:
+            self._own = False
+            self._comm.Free()
 
-        def wait() -> Any:
-            done()
-            return x
+    def _all_reduce(self, x: Any) -> Callable[[], None]:
+        return self._started(self._comm.Iallreduce(MPI.IN_PLACE, x, MPI.SUM), x).wait
 
-        return wait
+    def _all_gather(self, x: Any, out: Any, in_place: bool) -> Callable[[], None]:
+        request = self._comm.Iallgather(MPI.IN_PLACE if in_place else x, out)
+        return self._started(request, x, out).wait
 
-    def _all_gather(self, x: Any, out: Any) -> Callable[[], Any]:
-        return self._waiting(self._comm.Iallgather(x, out), x, out)
+    def _reduce_scatter(self, x: Any, out: Any) -> Callable[[], None]:
+        return self._started(self._comm.Ireduce_scatter_block(x, out, MPI.SUM), x, out).wait
 
-    def _reduce_scatter(self, x: Any, out: Any) -> Callable[[], Any]:
-        return self._waiting(self._comm.Ireduce_scatter_block(x, out, MPI.SUM), x, out)
-
-    def _all_to_all(self, x: Any, out: Any) -> None:
-        self._comm.Alltoall(x, out)
+    def _all_to_all(self, x: Any, out: Any) -> Callable[[], None]:
+        return self._started(self._comm.Ialltoall(x, out), x, out).wait
 
     def _broadcast(self, x: Any, root: int) -> None:
         self._comm.Bcast(x, root)
@@ -46,20 +90,36 @@ class MPICommunicator(Communicator):
     def _gather_objects(self, value: Any) -> list[Any]:
         return self._comm.allgather(value)
 
-    def _send(self, x: Any, to: int) -> Callable[[], Any]:
-        return self._waiting(self._comm.Isend(x, to), x)
+    def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
+        x = x.copy() if buffered else x
+        request = self._started(self._comm.Isend(x, to), x)
+        request.buffered = buffered
+        return request.wait
 
-    def _recv(self, out: Any, source: int) -> Callable[[], Any]:
-        return self._waiting(self._comm.Irecv(out, source), out)
-
-    def _waiting(self, request: Any, *buffers: Any) -> Callable[[], Any]:
-        # MPI reads and writes the buffers until the request is done, also if nobody keeps the handle
-        self._pending = [entry for entry in self._pending if not entry[0].Test()]
-        entry = (request, buffers)
-        self._pending.append(entry)
+    def _recv(self, out: Any, source: int) -> Callable[[], None]:
+        request = self._started(self._comm.Irecv(out, source), out)
 
         def wait() -> None:
-            request.Wait()
-            self._pending = [other for other in self._pending if other is not entry]
+            try:
+                request.wait()
+            except MPI.Exception as error:
+                if error.Get_error_class() != MPI.ERR_TRUNCATE:
+                    raise
+                # one library says how long the message was, the other how much of it came
+                sent = request.status.Get_count(MPI.BYTE)
+                more = "more than " if sent <= out.nbytes else ""
+                raise self._misfit(out, source, f"{more}{sent} bytes") from None
+            if (sent := request.status.Get_count(MPI.BYTE)) != out.nbytes:
+                raise self._misfit(out, source, f"{sent} bytes")
 
         return wait
+
+    def _started(self, request: Any, *buffers: Any) -> _Request:
+        global _pending
+        started = _Request(self, request, buffers)
+        _pending = [*(other for other in _pending if not other.done()), started]
+        return started
+
+
+# mpi4py ends MPI after this
+atexit.register(_complete, lambda request: request.buffered and not MPI.Is_finalized())

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from cupytron.comm.communicator import CommunicationError, Communicator
+from cupytron.comm.bookkeeping import CommunicationError
+from cupytron.comm.communicator import Communicator
 
 TIMEOUT = 60.0  # seconds; a test's deadlock becomes a sentence
 
@@ -23,9 +24,9 @@ class _World:
         self.timeout = timeout
         self.groups: dict[Any, _Group] = {}
 
-    def wait_for(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
+    def wait_for(self, ready: Callable[[], object], what: Callable[[], str]) -> None:
         """Wait under the lock until ready(), a failure, or too long."""
-        came = self.changed.wait_for(lambda: self.failed is not None or ready(), self.timeout)
+        came = self.changed.wait_for(lambda: self.failed is not None or bool(ready()), self.timeout)
         if self.failed is not None and not ready():
             raise CommunicationError(f"{what()} ended because {self.failed}")
         if not came:
@@ -35,7 +36,8 @@ class _World:
 class _Group:
     def __init__(self, world: _World, size: int) -> None:
         self.world, self.size = world, size
-        self.parts: dict[int, dict[int, Any]] = {}  # call number -> rank -> its part
+        # call number -> rank -> the operation that it called, and its part
+        self.parts: dict[int, dict[int, tuple[str, Any]]] = {}
         self.taken: dict[int, int] = {}
         self.mail: dict[tuple[int, int], deque[Any]] = {}
 
@@ -64,8 +66,12 @@ class ThreadCommunicator(Communicator):
         self._number += 1
         world = group.world
         with world.changed:
-            group.parts.setdefault(number, {})[self.rank] = part
+            group.parts.setdefault(number, {})[self.rank] = what, part
             world.changed.notify_all()
+
+        def others() -> list[int]:
+            """Ranks that called something else."""
+            return [r for r, (name, _) in group.parts[number].items() if name != what]
 
         def missing() -> str:
             absent = [r for r in range(self.size) if r not in group.parts[number]]
@@ -73,8 +79,13 @@ class ThreadCommunicator(Communicator):
 
         def wait() -> list[Any]:
             with world.changed:
-                world.wait_for(lambda: len(group.parts[number]) == self.size, missing)
-                parts = [group.parts[number][rank] for rank in range(self.size)]
+                world.wait_for(lambda: len(group.parts[number]) == self.size or others(), missing)
+                if different := others():
+                    raise CommunicationError(
+                        f"ranks of {self.axis} disagree: rank {self.rank} calls {what}, "
+                        f"rank {min(different)} {group.parts[number][min(different)][0]}"
+                    )
+                parts = [group.parts[number][rank][1] for rank in range(self.size)]
                 group.taken[number] = group.taken.get(number, 0) + 1
                 if group.taken[number] == self.size:
                     del group.parts[number], group.taken[number]
@@ -82,19 +93,18 @@ class ThreadCommunicator(Communicator):
 
         return wait
 
-    def _all_reduce(self, x: Any) -> Callable[[], Any]:
+    def _all_reduce(self, x: Any) -> Callable[[], None]:
         wait = self._meet("all_reduce", x.copy())
 
-        def finish() -> Any:
+        def finish() -> None:
             first, *others = wait()
             x[...] = first
             for other in others:
                 x[...] += other
-            return x
 
         return finish
 
-    def _all_gather(self, x: Any, out: Any) -> Callable[[], Any]:
+    def _all_gather(self, x: Any, out: Any, in_place: bool) -> Callable[[], None]:
         wait = self._meet("all_gather", x.copy())
 
         def finish() -> None:
@@ -103,7 +113,7 @@ class ThreadCommunicator(Communicator):
 
         return finish
 
-    def _reduce_scatter(self, x: Any, out: Any) -> Callable[[], Any]:
+    def _reduce_scatter(self, x: Any, out: Any) -> Callable[[], None]:
         wait = self._meet("reduce_scatter", x.copy())
         mine = slice(self.rank * len(out), (self.rank + 1) * len(out))
 
@@ -115,10 +125,15 @@ class ThreadCommunicator(Communicator):
 
         return finish
 
-    def _all_to_all(self, x: Any, out: Any) -> None:
+    def _all_to_all(self, x: Any, out: Any) -> Callable[[], None]:
+        wait = self._meet("all_to_all", x.copy())
         n = len(x) // self.size
-        for rank, part in enumerate(self._meet("all_to_all", x.copy())()):
-            out[rank * n : (rank + 1) * n] = part[self.rank * n : (self.rank + 1) * n]
+
+        def finish() -> None:
+            for rank, part in enumerate(wait()):
+                out[rank * n : (rank + 1) * n] = part[self.rank * n : (self.rank + 1) * n]
+
+        return finish
 
     def _broadcast(self, x: Any, root: int) -> None:
         parts = self._meet("broadcast", x.copy() if self.rank == root else None)()
@@ -130,14 +145,14 @@ class ThreadCommunicator(Communicator):
     def _gather_objects(self, value: Any) -> list[Any]:
         return self._meet("gather_objects", value)()
 
-    def _send(self, x: Any, to: int) -> Callable[[], Any]:
+    def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
         world = self._group.world
         with world.changed:
             self._group.mail.setdefault((self.rank, to), deque()).append(x.copy())
             world.changed.notify_all()
         return lambda: None
 
-    def _recv(self, out: Any, source: int) -> Callable[[], Any]:
+    def _recv(self, out: Any, source: int) -> Callable[[], None]:
         world, mail = self._group.world, self._group.mail
 
         def wait() -> None:
@@ -147,12 +162,7 @@ class ThreadCommunicator(Communicator):
                     lambda: f"recv on {self.axis}, waiting for rank {source},",
                 )
                 came = mail[source, self.rank].popleft()
-            if came.shape != out.shape or came.dtype != out.dtype:
-                raise CommunicationError(
-                    f"recv on {self.axis}: rank {source} sent {came.shape} {came.dtype}, "
-                    f"rank {self.rank} expects {out.shape} {out.dtype}"
-                )
-            out[...] = came
+            self._take(came, out, source)
 
         return wait
 
