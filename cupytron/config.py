@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cupytron.config_checks import Problem, check_model, check_run, check_single_process
+from cupytron.config_checks import Problem, check_mesh, check_model, check_run
 from cupytron.config_io import write_toml
 from cupytron.config_reader import Conflict, Reader
 from cupytron.errors import ConfigError
@@ -202,7 +202,8 @@ class ParallelConfig(_Settings):
         description="sp: keep inputs of column layers gathered: 4/5 of the bytes, more memory",
     )
     timeout: Annotated[float, Field(ge=0, le=10**7)] = Field(
-        default=600.0, description="seconds without progress that end a job of several ranks; 0: off"
+        default=600.0,
+        description="seconds without progress that end a job of several ranks; 0: off",
     )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="threads of this process; unset: the cores it may use"
@@ -270,6 +271,7 @@ def load_config(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Iterable[str] = (),
+    ranks: int | None = None,
 ) -> RunConfig:
     """The settings of a run: defaults < preset < file < overrides, and the later override wins.
 
@@ -277,6 +279,7 @@ def load_config(
         preset: name of a file in `cupytron/presets`, without `.toml`.
         file: a TOML file.
         overrides: `section.key=value` strings; `none` as the value unsets a key.
+        ranks: processes that the mesh must fit; None: not known yet.
 
     Raises:
         ConfigError: a line for everything that is wrong, each beginning with the key or the file.
@@ -288,7 +291,7 @@ def load_config(
         reader.add_file(file)
     for override in overrides:
         reader.add_override(override)
-    return reader.finish(check_single_process)
+    return reader.finish(lambda config: check_mesh(config, ranks))
 
 
 def resolve_model(model: ModelConfig, vocab_size: int | None, sequence_length: int) -> ModelConfig:

@@ -81,27 +81,70 @@ def _check_schedule(config: "RunConfig") -> Iterator[Problem]:
         )
 
 
-def check_single_process(config: "RunConfig") -> Iterator[Problem]:
-    """Refuses every mesh: this version trains in one process."""
-    parallel = config.parallel
-    for key, value, only in (
-        ("tp", parallel.tp, 1),
-        ("pp", parallel.pp, 1),
-        ("dp", parallel.dp or 1, 1),
-        ("zero", parallel.zero, 0),
-        ("sp", parallel.sp, False),
-    ):
-        if value != only:
-            shown, use = str(value).lower(), str(only).lower()
+def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Problem]:
+    """What the mesh cannot be.
+
+    Args:
+        ranks: processes that there are; None: not known yet.
+    """
+    p, train, model = config.parallel, config.train, config.model
+    if p.pp != 1:
+        yield Problem(
+            ("parallel.pp",), f"parallel.pp={p.pp}: this version has no pipelines yet; use 1"
+        )
+        return
+    dp = p.dp
+    if ranks is not None:
+        if ranks % p.tp or (dp is not None and p.tp * dp != ranks):
+            asked = f"tp={p.tp}" + ("" if dp is None else f" x dp={dp}")
             yield Problem(
-                (f"parallel.{key}",),
-                f"parallel.{key}={shown}: this version trains in one process; use {use}",
+                ("parallel.tp", "parallel.dp"),
+                f"parallel.tp={p.tp}: {asked} does not fit {ranks} {'rank' if ranks == 1 else 'ranks'}; "
+                f"choose from {', '.join(f'tp={t} dp={ranks // t}' for t in divisors(ranks))}"
+                f", or start {p.tp * (dp or 1)} ranks (mpirun -n {p.tp * (dp or 1)})",
             )
+            return
+        dp = ranks // p.tp
+    heads = model.num_kv_heads or model.num_heads
+    if heads % p.tp:
+        # a tensor rank holds whole groups of queries with their key and value
+        kind = "model.num_kv_heads" if model.num_kv_heads else "model.num_heads"
+        yield Problem(
+            ("parallel.tp", kind),
+            f"parallel.tp={p.tp}: does not divide {kind}={heads}; choose tp from "
+            f"{', '.join(map(str, divisors(heads)))}",
+        )
+    tokens = train.micro_batch * train.sequence_length
+    if p.sp and tokens % p.tp:
+        yield Problem(
+            ("parallel.sp", "parallel.tp", "train.micro_batch", "train.sequence_length"),
+            f"parallel.sp=true: a micro-batch of {tokens} tokens is not divisible by tp={p.tp}; change "
+            "train.micro_batch or train.sequence_length, or leave out sp",
+        )
+    if dp and config.micro_batches % dp:
+        size = train.micro_batch * dp
+        low = config.global_batch // size * size
+        choices = " or ".join(str(n) for n in (low, low + size) if n)
+        yield Problem(
+            ("train.global_batch", "train.micro_batch", "parallel.dp"),
+            f"train.global_batch={config.global_batch}: is not a multiple of "
+            f"train.micro_batch={train.micro_batch} times dp={dp}; choose {choices}, or a smaller train.micro_batch",
+        )
+    if dp and train.deterministic and 64 % dp:
+        yield Problem(
+            ("train.deterministic", "parallel.dp"),
+            f"train.deterministic=true: dp={dp} replicas cannot be the levels of a binary tree; choose "
+            "dp from 1, 2, 4, 8, 16, 32, 64",
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, in order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _divisors(number: int, near: int) -> str:
     """Divisors of a number as a list for a reader: all, or the nearest."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    divisors = {*small, *(number // d for d in small)}
-    chosen = sorted(divisors, key=lambda d: abs(d - near))[:MOST_CHOICES]
+    chosen = sorted(divisors(number), key=lambda d: abs(d - near))[:MOST_CHOICES]
     return ", ".join(map(str, sorted(chosen)))

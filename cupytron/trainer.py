@@ -74,6 +74,14 @@ class Trainer:
             NotFinite: loss or gradient norm is not finite; nothing has been updated.
         """
         loss = self.compute_gradients(inputs, targets)
+        norm, lr = self.apply_gradients(loss)
+        return StepResult(loss, norm, lr)
+
+    def apply_gradients(self, loss: float = 0.0) -> tuple[float, float]:
+        """Clip the gradients, update the weights and give them to whoever needs them.
+
+        Returns: the norm of the gradient before clipping, and the learning rate.
+        """
         norm = self.zero.global_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.zero.clear_gradients()
@@ -88,7 +96,7 @@ class Trainer:
         self.zero.publish()
         self.step += 1
         self.position += self.config.global_batch
-        return StepResult(loss, norm, lr)
+        return norm, lr
 
     def compute_gradients(self, inputs: Any, targets: Any) -> float:
         """Forward and backward of all micro-batches; every bucket's `gradient` is then the step's.

@@ -146,11 +146,11 @@ def test_validate_over_a_preset(tmp_path, capsys):
 
 
 def test_several_errors_are_a_line_each(capsys):
-    assert _run(["config", "show", "--lr", "-1", "--tp", "2", "--set", "model.num_headz=3"]) == 2
+    assert _run(["config", "show", "--lr", "-1", "--pp", "2", "--set", "model.num_headz=3"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: model.num_headz: unknown key; did you mean model.num_heads?",
         "optim.lr=-1: must be greater than 0",
-        "parallel.tp=2: this version trains in one process; use 1",
+        "parallel.pp=2: this version has no pipelines yet; use 1",
     ]
 
 

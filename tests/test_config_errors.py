@@ -132,12 +132,9 @@ CONFLICTS = [
     ("optim.min_lr=0.1", "optim.min_lr", "more than optim.lr=0.001"),
     ("optim.decay_steps=99", "optim.decay_steps", "set decay_steps to 100 or more"),
     ("optim.decay_steps=99 optim.schedule=linear", "optim.decay_steps", "100 or more"),
-    ("parallel.tp=2", "parallel.tp", "trains in one process; use 1"),
-    ("parallel.pp=2", "parallel.pp", "trains in one process; use 1"),
-    ("parallel.dp=2", "parallel.dp", "trains in one process; use 1"),
-    ("parallel.zero=1", "parallel.zero", "trains in one process; use 0"),
-    ("parallel.zero=3", "parallel.zero", "trains in one process; use 0"),
-    ("parallel.sp=true", "parallel.sp", "trains in one process; use false"),
+    ("parallel.tp=3", "parallel.tp", "choose tp from 1, 2, 4"),
+    ("parallel.pp=2", "parallel.pp", "no pipelines yet; use 1"),
+    ("parallel.dp=2", "train.global_batch", "choose 24"),
 ]
 
 # --- files: (contents, what the error names, a part of the reason)
@@ -262,7 +259,7 @@ def test_all_errors_are_told_at_once(tmp_path):
     lines = lines_of(
         preset="nix",
         file=file,
-        overrides=["optim.lr=-1", "model.num_heads=x", "parallel.tp=2", "keep=1"],
+        overrides=["optim.lr=-1", "model.num_heads=x", "parallel.pp=2", "keep=1"],
     )
     starts = [
         "preset nix: is not known",
@@ -272,7 +269,7 @@ def test_all_errors_are_told_at_once(tmp_path):
         "train.max_step: unknown key; did you mean train.max_steps?",
         "optim.lr=-1: must be greater than 0",
         "checkpiont: unknown section; did you mean checkpoint?",
-        "parallel.tp=2: this version trains in one process; use 1",
+        "parallel.pp=2: this version has no pipelines yet; use 1",
     ]
     assert len(lines) == len(starts)
     for start in starts:
@@ -361,7 +358,7 @@ def check_any(**kwargs):
 
 
 @pytest.mark.parametrize(
-    "text", [*(case[0] for case in BAD_OVERRIDES[::25]), "parallel.tp=2", "model.num_heads=12"]
+    "text", [*(case[0] for case in BAD_OVERRIDES[::25]), "parallel.tp=3", "model.num_heads=12"]
 )
 def test_the_command_line_prints_one_line_and_exits_with_2(text, capsys):
     assert _run(["config", "show", "--set", text]) == 2

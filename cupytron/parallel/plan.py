@@ -9,7 +9,7 @@ from typing import Any
 
 from cupytron.comm import ParallelContext
 from cupytron.config import ModelConfig, RunConfig
-from cupytron.errors import CupytronError
+from cupytron.errors import ConfigError, CupytronError
 from cupytron.layer import Layer, Parameter
 from cupytron.model import Transformer
 from cupytron.nn import (
@@ -148,7 +148,7 @@ def transformer_plan(model: Transformer) -> dict[str, list[str]]:
 def check_tokens(tokens: int, tp: int) -> None:
     """Refuse a micro-batch whose tokens sequence parallelism cannot share out evenly."""
     if tokens % tp:
-        raise CupytronError(
+        raise ConfigError(
             f"a micro-batch of {tokens} tokens is not divisible by tp={tp}, as sequence parallelism "
             "needs it; change train.micro_batch or train.sequence_length, or leave out --sp"
         )
@@ -242,4 +242,4 @@ def _check_sizes(layers: dict[str, Layer], wanted: dict[str, set[str]], tp: int)
 def _check_divides(what: str, number: int, tp: int) -> None:
     if number % tp:
         fits = ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-        raise CupytronError(f"{what}={number} is not divisible by tp={tp}; choose tp from {fits}")
+        raise ConfigError(f"{what}={number} is not divisible by tp={tp}; choose tp from {fits}")

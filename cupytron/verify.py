@@ -1,0 +1,257 @@
+"""Same numbers on any mesh? Trains on one process and on a mesh, and compares after every step.
+
+Compared are the loss, every gradient and every weight; the one process is held against finite
+differences. Every parameter is moved off its initial value first, since biases of zero hide mistakes, and
+targets that do not count are spread unevenly, since equal numbers of them hide wrong means.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupytron import ops
+from cupytron.comm import ParallelContext
+from cupytron.config import RunConfig
+from cupytron.layer import Init, Layer, Parameter
+from cupytron.ops import philox
+from cupytron.parallel import schedules
+from cupytron.parallel.pipeline import cut, run_schedule
+from cupytron.trainer import Trainer
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-3}
+GRADIENT_TOLERANCE = 1e-6  # of the one process, against finite differences
+SMALLEST = 1e-12  # what an error is relative to, at least
+
+
+class Difference(NamedTuple):
+    """The largest error of one tensor at one step: max|a - b| / max(max|b|, 1e-12)."""
+
+    error: float
+    step: int
+    what: str  # "loss", "gradient" or "weight"
+    tensor: str
+
+
+class Report(NamedTuple):
+    """What verify found; the same on every rank.
+
+    differences: of every tensor, the largest first. tolerance: what they may be; 0 is bit for bit.
+    gradient_error: of the one process against finite differences; None in float32.
+    replicas_equal: whether all replicas' weights have the same bits.
+    """
+
+    differences: list[Difference]
+    tolerance: float
+    gradient_error: float | None
+    replicas_equal: bool
+
+    @property
+    def largest(self) -> float:
+        """The largest error."""
+        return self.differences[0].error
+
+    @property
+    def ok(self) -> bool:
+        """Whether the mesh gives the numbers of one process, and these are right."""
+        gradient = self.gradient_error is None or self.gradient_error <= GRADIENT_TOLERANCE
+        # written so that NaN fails
+        return self.largest <= self.tolerance and gradient and self.replicas_equal
+
+
+class Step(NamedTuple):
+    """What one process has after a step: loss, gradients (of the step) and weights by name."""
+
+    loss: float
+    gradients: dict[str, Any]
+    weights: dict[str, Any]
+
+
+class Reference(NamedTuple):
+    """A run on one process."""
+
+    steps: list[Step]
+    gradient_error: float | None
+
+
+def reference(config: RunConfig, steps: int) -> Reference:
+    """Train on one process. config.model.vocab_size is set."""
+    trainer = _trainer(one_process(config), ParallelContext())
+    error = _gradient_error(trainer) if config.train.dtype == "float64" else None
+    done = []
+    for _ in range(steps):
+        batch = _batch(trainer)
+        loss = trainer.compute_gradients(*batch)
+        gradients = {n: p.grad.copy() for n, p in _with_gradients(trainer)}
+        trainer.apply_gradients()
+        weights = {n: p.data.copy() for n, p in trainer.model.named_parameters()}
+        done.append(Step(loss, gradients, weights))
+    return Reference(done, error)
+
+
+def one_process(config: RunConfig) -> RunConfig:
+    """The same training without a mesh."""
+    alone = {"tp": 1, "dp": 1, "zero": 0, "sp": False}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+
+
+def compare(config: RunConfig, context: ParallelContext, one: Reference) -> Report:
+    """Train on the mesh, step by step beside the reference. Collective over context.world."""
+    trainer = _trainer(config, context)
+    found: dict[tuple[str, str], Difference] = {}
+    replicas_equal = True
+    for number, expected in enumerate(one.steps, start=1):
+        loss = trainer.compute_gradients(*_batch(trainer))
+        _note(found, number, "loss", "loss", _error(np.array(loss), np.array(expected.loss)))
+        for name, mine, whole in _held(trainer, "gradient", expected.gradients):
+            _note(found, number, "gradient", name, _error(mine, whole))
+        trainer.apply_gradients()
+        for name, mine, whole in _held(trainer, "weights", expected.weights):
+            _note(found, number, "weight", name, _error(mine, whole))
+        replicas_equal &= _replicas_equal(trainer)
+    everyone = context.world.gather_objects((found, replicas_equal))
+    worst: dict[tuple[str, str], Difference] = {}
+    for theirs, _ in everyone:
+        for key, difference in theirs.items():
+            if key not in worst or _worse(difference.error, worst[key].error):
+                worst[key] = difference
+    exact = config.train.deterministic and context.tp.size == 1
+    return Report(
+        sorted(worst.values(), key=lambda d: -np.inf if np.isnan(d.error) else -d.error),
+        0.0 if exact else TOLERANCE[config.train.dtype],
+        one.gradient_error,
+        all(equal for _, equal in everyone),
+    )
+
+
+def _trainer(config: RunConfig, context: ParallelContext) -> Trainer:
+    trainer = Trainer(config, None, context)
+    shake(trainer.model)
+    trainer.materialize()
+    return trainer
+
+
+def shake(model: Layer, size: float = 0.1) -> None:
+    """Give every parameter an initial value that is off its usual one."""
+
+    def shaken(init: Init) -> Init:
+        def values(shape: Any, box: Any, seed: int, name: str) -> np.ndarray:
+            noise = philox.normal(shape, box, philox.key_of(seed, "verify", name))
+            return init(shape, box, seed, name) + size * noise
+
+        return values
+
+    for _, parameter in model.named_parameters():
+        parameter.init = shaken(parameter.init)
+
+
+def _batch(trainer: Trainer) -> tuple[Any, Any]:
+    """This replica's part of a step's random tokens; the later a sequence, the fewer targets count."""
+    config, vocab = trainer.config, int(trainer.model.config.vocab_size or 0)
+    rng = np.random.default_rng([config.train.seed, trainer.step])
+    shape = (config.global_batch, config.train.sequence_length)
+    inputs, targets = rng.integers(0, vocab, (2, *shape))
+    ignored = rng.random(shape) < np.linspace(0, 0.9, shape[0])[:, None]
+    targets[ignored] = ops.IGNORE
+    mine = trainer.local_sequences
+    return inputs[mine], targets[mine]
+
+
+def _with_gradients(trainer: Trainer) -> Iterator[tuple[str, Parameter]]:
+    """One process's parameters, their `grad` the step's."""
+    for bucket in trainer.zero.buckets:
+        bucket.set_grad(bucket.gradient)
+        yield from ((parameter.name, parameter) for parameter, _, _ in bucket.segments)
+        if trainer.zero.parts_at_once:
+            bucket.set_grad(None)
+
+
+def _held(trainer: Trainer, kind: str, whole: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What this rank holds of each tensor, the same elements of the reference, and that as a whole."""
+    for bucket in trainer.zero.buckets:
+        # all of the weights where they are here, so that a replica that missed an update is seen
+        everything = kind == "weights" and bucket.data is not None
+        within = slice(0, bucket.size) if everything else bucket.owned
+        flat = bucket.data if everything else getattr(bucket, kind)
+        for parameter, inside, place in bucket.parts(within):
+            mine = flat[place] if everything else flat[bucket.local(place)]
+            expected = whole[parameter.name]
+            yield parameter.name, mine, (expected[parameter.box].reshape(-1)[inside], expected)
+
+
+def _error(mine: Any, expected: Any) -> float:
+    same, whole = expected if isinstance(expected, tuple) else (expected, expected)
+    return float(abs(mine - same).max() / max(abs(whole).max(), SMALLEST))
+
+
+def _note(found: dict, step: int, what: str, tensor: str, error: float) -> None:
+    before = found.get((what, tensor))
+    if before is None or _worse(error, before.error):
+        found[what, tensor] = Difference(error, step, what, tensor)
+
+
+def _worse(a: float, b: float) -> bool:
+    return a > b or bool(np.isnan(a) and not np.isnan(b))
+
+
+def _replicas_equal(trainer: Trainer) -> bool:
+    digest = hashlib.sha256()
+    for bucket in trainer.zero.buckets:
+        if bucket.data is not None:
+            digest.update(bucket.data.tobytes())
+    return len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
+
+
+def _gradient_error(trainer: Trainer) -> float:
+    """Relative error of one process's gradient along a random direction, against finite differences."""
+    inputs, targets = _batch(trainer)
+    trainer.compute_gradients(inputs, targets)
+    buckets = trainer.zero.buckets
+    rng = np.random.default_rng(trainer.config.train.seed)
+    directions = [rng.normal(size=bucket.size) for bucket in buckets]
+    got = sum(float(b.gradient @ d) for b, d in zip(buckets, directions, strict=True))
+    trainer.zero.clear_gradients()
+
+    def move(t: float) -> None:
+        for bucket, direction in zip(buckets, directions, strict=True):
+            bucket.weights += t * direction
+
+    def at(t: float) -> float:
+        move(t)
+        loss = _loss(trainer, inputs, targets)
+        move(-t)
+        return loss
+
+    # Richardson's combination of two central differences: error O(step^4)
+    step = 1e-4
+    before = [bucket.weights.copy() for bucket in buckets]
+    fine, coarse = ((at(h) - at(-h)) / (2 * h) for h in (step, 2 * step))
+    for bucket, weights in zip(buckets, before, strict=True):
+        bucket.weights[...] = weights
+    want = (4 * fine - coarse) / 3
+    return abs(got - want) / max(abs(want), SMALLEST)
+
+
+def _loss(trainer: Trainer, inputs: Any, targets: Any) -> float:
+    """The step's loss, forward only, with the step's dropout."""
+    train = trainer.config.train
+    work = cut(inputs, targets, train.micro_batch, step=trainer.step, seed=train.seed)
+    scale = 1 / max(1, int((targets != ops.IGNORE).sum()))
+    losses = run_schedule(trainer.model, schedules.forward_only(len(work)), work, scale)
+    return float(np.sum(losses))
+
+
+def run(
+    config: RunConfig, steps: int, on_mesh: Callable[[Callable[[Any], Report]], Report]
+) -> Report:
+    """Reference and mesh.
+
+    Args:
+        on_mesh: calls its argument with the world's communicator on every rank.
+    """
+    one = reference(config, steps)
+    sizes = config.parallel
+    return on_mesh(
+        lambda world: compare(config, ParallelContext(tp=sizes.tp, dp=sizes.dp, world=world), one)
+    )
