@@ -71,7 +71,7 @@ def _clean(env: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def main(ranks: str) -> int:
-    failed = 0
+    failed = 0 if launchers() else 1
     for name in NAMES:
         if name not in launchers():
             print(f"{name}: not installed, nothing checked")
