@@ -20,6 +20,7 @@ COMMANDS = {
     "data": ("data", "Prepare and inspect token data sets."),
     "config": ("config", "Show or check settings."),
     "checkpoint": ("checkpoint", "List, verify and fingerprint checkpoints."),
+    "verify": ("verify", "Compare a mesh with one process: the same numbers?"),
     "bench": ("bench", "Measure a configuration on random tokens."),
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +32,15 @@ FLAGS = [
     (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
     (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
     (("--zero",), "parallel.zero", "ZeRO stage, 0 to 3."),
-    (("--threads",), "parallel.threads", "Threads of this process."),
+    (("--threads",), "parallel.threads", "Threads of each process."),
+    (("--timeout",), "parallel.timeout", "Seconds without progress that end several ranks' job."),
     (("--blas-kernel",), "parallel.blas_kernel", "OpenBLAS kernel: auto, off or a name."),
 ]
 SWITCHES = [
     (
         ("--deterministic/--no-deterministic",),
         "train.deterministic",
-        "The same bits again: one BLAS thread.",
+        "The same bits on any number of replicas (one BLAS thread).",
     ),
     (
         ("--sequence-parallel/--no-sequence-parallel", "--sp/--no-sp"),
@@ -64,10 +66,11 @@ class Settings:
     file: str | None = None
     overrides: list[str] = field(default_factory=list)
 
-    def load(self, run: str | None = None) -> "RunConfig":
+    def load(self, run: str | None = None, mesh: bool = False) -> "RunConfig":
         """The settings.
 
         Args:
+            mesh: whether the processes that a launcher started are to form their mesh.
             run: a run's folder; if it holds a checkpoint, and no preset and no file is given, its
                 own settings are the start.
 
@@ -82,7 +85,12 @@ class Settings:
             # a failed attempt that saved nothing leaves no settings to go on with
             if own.is_file() and any(Path(run).glob("checkpoints/step-*")):
                 file = str(own)
-        return load_config(self.preset, file, self.overrides)
+        ranks = None
+        if mesh:
+            from cupytron.process import launched_tasks
+
+            ranks = launched_tasks()
+        return load_config(self.preset, file, self.overrides, ranks)
 
 
 # which of a run's checkpoints a command reads
@@ -97,15 +105,8 @@ checkpoint_option = click.option(
 
 def prepare_process(config: "RunConfig") -> dict[str, Any]:
     """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
-    from cupytron.errors import ConfigError
-    from cupytron.process import launched_tasks, prepare
+    from cupytron.process import prepare
 
-    if (tasks := launched_tasks()) > 1:
-        # eight silent copies that write the same files would be worse than an error
-        raise ConfigError(
-            f"a launcher started {tasks} processes; this version works in one: start it without "
-            "mpirun or srun, or with one task"
-        )
     parallel = config.parallel
     return prepare(
         parallel.threads, parallel.blas_kernel, parallel.malloc, config.train.deterministic
@@ -125,17 +126,35 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
-        overrides = list(kwargs.pop("set_"))
-        for key in [key for _, key, _ in FLAGS + SWITCHES]:
-            value = kwargs.pop(_name(key))
-            if value is not None:
-                overrides.append(f"{key}={_spell(key, value)}")
-        settings = Settings(kwargs.pop("preset"), kwargs.pop("config"), overrides)
-        return function(*args, settings=settings, **kwargs)
+        return function(*args, settings=_taken(kwargs), **kwargs)
 
     for option in reversed(_options()):
         command = option(command)
     return command
+
+
+def parse_settings(line: str, start: Settings) -> Settings:
+    """Settings written as flags in one line, over those of `start`."""
+    line_command = click.Command(line, params=[])
+    for option in reversed(_options()):
+        line_command = option(line_command)
+    parameters = line_command.make_context(f"in the line {line!r}", shlex.split(line)).params
+    found = _taken(parameters)
+    return Settings(
+        found.preset or start.preset,
+        found.file or start.file,
+        [*start.overrides, *found.overrides],
+    )
+
+
+def _taken(parameters: dict[str, Any]) -> Settings:
+    """The settings among a command's parameters, which are removed from them."""
+    overrides = list(parameters.pop("set_"))
+    for key in [key for _, key, _ in FLAGS + SWITCHES]:
+        value = parameters.pop(_name(key))
+        if value is not None:
+            overrides.append(f"{key}={_spell(key, value)}")
+    return Settings(parameters.pop("preset"), parameters.pop("config"), overrides)
 
 
 def _options() -> list[Callable[..., Any]]:

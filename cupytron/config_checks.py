@@ -128,7 +128,8 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
         yield Problem(
             ("train.global_batch", "train.micro_batch", "parallel.dp"),
             f"train.global_batch={config.global_batch}: is not a multiple of "
-            f"train.micro_batch={train.micro_batch} times dp={dp}; choose {choices}, or a smaller train.micro_batch",
+            f"train.micro_batch={train.micro_batch} times dp={dp}; choose {choices}, or a smaller "
+            "micro_batch",
         )
     if dp and train.deterministic and 64 % dp:
         yield Problem(

@@ -6,14 +6,15 @@ targets that do not count are spread unevenly, since equal numbers of them hide 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupytron import ops
-from cupytron.comm import ParallelContext
+from cupytron.comm import Communicator, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import RunConfig
+from cupytron.errors import CupytronError
 from cupytron.layer import Init, Layer, Parameter
 from cupytron.ops import philox
 from cupytron.parallel import schedules
@@ -92,7 +93,7 @@ def reference(config: RunConfig, steps: int) -> Reference:
 
 def one_process(config: RunConfig) -> RunConfig:
     """The same training without a mesh."""
-    alone = {"tp": 1, "dp": 1, "zero": 0, "sp": False}
+    alone = {"tp": 1, "dp": 1, "zero": 0, "sp": False, "sp_keep_gathered": False}
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
 
 
@@ -243,15 +244,49 @@ def _loss(trainer: Trainer, inputs: Any, targets: Any) -> float:
 
 
 def run(
-    config: RunConfig, steps: int, on_mesh: Callable[[Callable[[Any], Report]], Report]
+    config: RunConfig,
+    steps: int = 3,
+    world: Communicator | None = None,
+    found: dict[Any, Reference] | None = None,
 ) -> Report:
-    """Reference and mesh.
+    """Train on one process and on the mesh, and compare.
 
     Args:
-        on_mesh: calls its argument with the world's communicator on every rank.
+        config: with the mesh's sizes and model.vocab_size set.
+        steps: to train.
+        world: the ranks, each of which calls this and trains the one-process run too; alone (or None)
+            the mesh's ranks are threads.
+        found: references by what they depend on; kept and used again for other meshes.
+
+    Returns: the same report on every rank.
+
+    Raises:
+        CupytronError: the mesh does not fit the model, the batch or the world.
     """
-    one = reference(config, steps)
-    sizes = config.parallel
-    return on_mesh(
-        lambda world: compare(config, ParallelContext(tp=sizes.tp, dp=sizes.dp, world=world), one)
-    )
+    found = {} if found is None else found
+    parallel = config.parallel
+    size = parallel.tp * (parallel.dp or 1)
+    world = world or SelfCommunicator()
+    if world.size > 1 and size > world.size:
+        raise CupytronError(
+            f"tp={parallel.tp} x dp={parallel.dp} needs {size} ranks; there are {world.size}"
+        )
+    key = (one_process(config), steps)
+    if key not in found:
+        found[key] = reference(config, steps)
+    if world.size == 1:
+        timeout = parallel.timeout or None
+        return run_ranks(size, lambda ranks: _compare(config, ranks, found[key]), timeout)[0]
+    # a case may need fewer ranks than there are
+    group = world.split(int(world.rank >= size), world.rank, "world")
+    report = _compare(config, group, found[key]) if world.rank < size else None
+    group.close()
+    return world.gather_objects(report if world.rank == 0 else None)[0]
+
+
+def _compare(config: RunConfig, world: Communicator, one: Reference) -> Report:
+    context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
+    try:
+        return compare(config, context, one)
+    finally:
+        context.close()

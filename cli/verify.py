@@ -1,0 +1,135 @@
+"""cupytron verify."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cupytron.cli.options import Settings, parse_settings, prepare_process, settings_options
+
+if TYPE_CHECKING:
+    from cupytron.config import RunConfig
+
+# a model in which every kind of layer has work, small enough for a second
+SMALL = [
+    "model.num_layers=2",
+    "model.num_heads=4",
+    "model.d_model=16",
+    "model.vocab_size=65",
+    "model.dropout=0.1",
+    "train.sequence_length=8",
+    "train.micro_batch=2",
+    "optim.warmup_steps=0",
+]
+SHOWN = 8  # lines of the table
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, metavar="N")
+@click.option("--sweep", metavar="FILE", help="Many cases: the flags of one a line, # comments.")
+@click.option("--json", "as_json", is_flag=True, help="Print an object for each case.")
+@settings_options
+def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) -> int:
+    """Train on one process and on a mesh, and compare loss, gradients and weights after each step.
+
+    The mesh's ranks are threads, or processes under mpirun. Without --preset and --config a tiny model is
+    taken, in float64; without --tp and --dp a mesh of 2 x 2. The exit code is 1 if a number differs.
+    """
+    cases = [(" ".join(settings.overrides), settings)]
+    if sweep:
+        cases = [(line, parse_settings(line, settings)) for line in _lines(Path(sweep))]
+    configs = [(name, _config(case)) for name, case in cases]
+    prepare_process(configs[0][1])
+
+    from cupytron import verify
+    from cupytron.comm import open_world
+
+    world = open_world()
+    failed, found = 0, {}
+    for number, (name, config) in enumerate(configs, start=1):
+        report = verify.run(config, steps, world, found)
+        failed += not report.ok
+        if world.rank == 0:
+            if as_json:
+                click.echo(json.dumps({"case": name, **_object(report)}))
+            elif sweep:
+                worst = report.differences[0]
+                click.echo(
+                    f"{number}/{len(configs)} {'ok' if report.ok else 'FAILED'} {worst.error:.1e} "
+                    f"({worst.what} {worst.tensor})  {name}"
+                )
+            else:
+                _show(config, report)
+    if world.rank == 0 and sweep and not as_json:
+        click.echo(f"{len(configs) - failed} of {len(configs)} cases hold")
+    return 1 if failed else 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{path}: is not a text file") from None
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    if not any(lines):
+        raise click.UsageError(f"{path}: holds no case; write the flags of one on each line")
+    return [line for line in lines if line]
+
+
+def _config(settings: Settings) -> "RunConfig":
+    """The case's settings: what is not given comes from the small model, or suits the mesh."""
+    from cupytron.config import load_config
+    from cupytron.process import launched_tasks
+
+    # before what was given, so that it wins
+    start = ["train.dtype=float64"]
+    if not settings.preset and not settings.file:
+        start += SMALL
+    given = {text.partition("=")[0].strip() for text in settings.overrides}
+    tasks = launched_tasks()
+    if tasks == 1 and not given & {"parallel.tp", "parallel.dp"}:
+        start += ["parallel.tp=2", "parallel.dp=2"]
+
+    def load(*more: str, check: bool = True) -> "RunConfig":
+        overrides = [*start, *more, *settings.overrides]
+        return load_config(settings.preset, settings.file, overrides, check=check)
+
+    config = load(check=False)
+    dp = config.parallel.dp or max(1, tasks // config.parallel.tp)
+    batch = 2 * config.train.micro_batch * dp
+    vocab = config.model.vocab_size or 256
+    return load(f"parallel.dp={dp}", f"train.global_batch={batch}", f"model.vocab_size={vocab}")
+
+
+def _object(report: Any) -> dict[str, Any]:
+    return {
+        "ok": report.ok,
+        "largest": report.largest,
+        "tolerance": report.tolerance,
+        "gradient_error": report.gradient_error,
+        "replicas_equal": report.replicas_equal,
+        "differences": [difference._asdict() for difference in report.differences],
+    }
+
+
+def _show(config: "RunConfig", report: Any) -> None:
+    parallel = config.parallel
+    click.echo(
+        f"one process and tp={parallel.tp} x dp={parallel.dp}, ZeRO {parallel.zero}"
+        f"{', sequence parallel' if parallel.sp else ''}, {config.train.dtype}: largest errors, "
+        "max|a - b| / max|b| of a tensor"
+    )
+    for difference in report.differences[:SHOWN]:
+        what = "" if difference.what == "loss" else f"{difference.what} of "
+        click.echo(f"  {difference.error:8.1e}  step {difference.step}  {what}{difference.tensor}")
+    if len(report.differences) > SHOWN:
+        click.echo(f"  and {len(report.differences) - SHOWN} smaller ones")
+    if report.gradient_error is not None:
+        click.echo(
+            f"one process's gradient against finite differences: {report.gradient_error:.1e}"
+        )
+    if not report.replicas_equal:
+        click.echo("the replicas' weights differ")
+    limit = f"{report.tolerance:.0e}" if report.tolerance else "0: bit for bit"
+    click.echo(f"{'the same numbers' if report.ok else 'NOT the same numbers'} (tolerance {limit})")
