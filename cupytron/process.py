@@ -3,6 +3,7 @@
 Imports the standard library only. See docs/decisions/0003-process.md for what each choice brings.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -11,9 +12,14 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from cupytron.launcher import launched_rank as launched_rank
+from cupytron.launcher import launched_tasks as launched_tasks
+from cupytron.launcher import local_ranks
 
 # Measured in a child process: the time of a few float32 products, the best of several.
 _MEASURE = """
@@ -41,7 +47,7 @@ def prepare(
 
     Args:
         threads: of this process; None: what OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else the
-            cores of its affinity mask.
+            cores of its affinity mask, shared with the other ranks on this node.
         blas_kernel: "auto", "off" or an OpenBLAS kernel's name.
         malloc: keep freed pages (glibc only).
         deterministic: one thread.
@@ -50,7 +56,7 @@ def prepare(
     """
     early = "numpy" not in sys.modules
     cores = available_cores()
-    count = 1 if deterministic else threads or _threads_asked_for() or cores
+    count = 1 if deterministic else threads or _threads_asked_for() or _share_of_cores()
     found = os.environ.get("OPENBLAS_CORETYPE")
     kernel = _choose_kernel(blas_kernel) if early else None
     if kernel:
@@ -64,6 +70,7 @@ def prepare(
     return {
         "threads": count,
         "cores": cores,
+        "ranks_on_node": local_ranks(),
         "blas_kernel": kernel or found or OWN_CHOICE,
         "blas_kernel_found": found,
         "malloc": "keeps freed pages" if kept else "as found",
@@ -85,8 +92,12 @@ def describe(record: dict[str, Any]) -> str:
         note = f" (the environment said {found}; --blas-kernel off keeps that)"
     elif loaded.lower() != kernel.lower() and kernel != OWN_CHOICE:
         note = f" ({kernel} was asked for, and is not in this OpenBLAS)"
+    threads, ranks = record["threads"], record.get("ranks_on_node", 1)
+    used = f"{threads} of {record['cores']} cores"
+    if ranks > 1:
+        used = f"{ranks} ranks on this node, {threads} thread{'s' * (threads > 1)} each"
     return (
-        f"{record['processor']}, {record['threads']} of {record['cores']} cores; "
+        f"{record['processor']}, {used}; "
         f"OpenBLAS kernel {loaded}{note}; malloc {record['malloc']}; numpy {record['numpy']}"
     )
 
@@ -120,11 +131,15 @@ def _threads_asked_for() -> int | None:
     return None
 
 
-def launched_tasks() -> int:
-    """How many processes a launcher (mpirun, mpiexec, srun) started together with this one."""
-    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
-    sizes = [os.environ.get(name, "") for name in names]
-    return max((int(size) for size in sizes if size.isdecimal()), default=1)
+def _share_of_cores() -> int:
+    """This rank's part of the node's cores: what the launcher bound it to, else an equal part."""
+    own, ranks = available_cores(), local_ranks()
+    if ranks > 1 and hasattr(os, "sched_getaffinity"):
+        with contextlib.suppress(OSError):
+            launcher = len(os.sched_getaffinity(os.getppid()))
+            if own < launcher and own * ranks <= launcher:
+                return own
+    return max(1, own // ranks)
 
 
 def available_cores() -> int:
@@ -174,16 +189,32 @@ def _choose_kernel(wish: str) -> str | None:
     if not _has_avx512():
         return None
     cache = _cache_file()
-    known = _read(cache)
     measured = (processor(), metadata.version("numpy"), os.environ.get("OPENBLAS_CORETYPE"))
     key = hashlib.sha256(repr(measured).encode()).hexdigest()[:16]
-    if key not in known:
-        own, wide = _seconds(None), _seconds("SkylakeX")
-        if own is None or wide is None:
-            return None
-        known[key] = "SkylakeX" if wide < own * _WIN else ""
-        _write(cache, known)
-    return known[key] or None
+    if key not in _read(cache):
+        # ranks that start together: one measures, with the cores for itself, and all choose alike
+        with _locked(cache.with_suffix(".lock")):
+            known = _read(cache)
+            if key not in known:
+                own, wide = _seconds(None), _seconds("SkylakeX")
+                if own is None or wide is None:
+                    return None
+                known[key] = "SkylakeX" if wide < own * _WIN else ""
+                _write(cache, known)
+            return known[key] or None
+    return _read(cache).get(key) or None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, where the file system can do that."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _seconds(kernel: str | None) -> float | None:

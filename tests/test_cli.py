@@ -251,3 +251,75 @@ class TestProcess:
         assert process.launched_tasks() == 3
         monkeypatch.setenv(name, "x")
         assert process.launched_tasks() == 1
+
+    @pytest.mark.parametrize(
+        ("environment", "tasks", "rank", "local"),
+        [
+            ({}, 1, 0, 1),
+            # mpirun's own helpers were started by srun, one on each of 8 nodes
+            (
+                {
+                    "OMPI_COMM_WORLD_SIZE": "4",
+                    "OMPI_COMM_WORLD_RANK": "3",
+                    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+                    "SLURM_STEP_NUM_TASKS": "8",
+                    "SLURM_PROCID": "1",
+                },
+                4,
+                3,
+                2,
+            ),
+            ({"PMI_SIZE": "4", "PMI_RANK": "2", "MPI_LOCALNRANKS": "4"}, 4, 2, 4),
+            # a batch script
+            ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1, 0, 1),
+            ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, 0, 1),
+            ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, 8, 5, 8),
+            (
+                {
+                    "SLURM_STEP_NUM_TASKS": "11",
+                    "SLURM_PROCID": "9",
+                    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+                    "SLURM_NODEID": "2",
+                },
+                11,
+                9,
+                3,
+            ),
+        ],
+    )
+    def test_launchers_say_who_we_are(self, monkeypatch, environment, tasks, rank, local):
+        for name in list(os.environ):
+            if name.startswith(("OMPI_", "PMI", "MPI_", "SLURM_")):
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert process.launched_tasks() == tasks
+        assert process.launched_rank() == rank
+        assert process.local_ranks() == local
+
+    @pytest.mark.parametrize(
+        ("own", "launcher", "ranks", "threads"),
+        [
+            (8, 8, 1, 8),
+            (8, 8, 2, 4),
+            (8, 8, 16, 1),
+            (2, 8, 4, 2),  # bound, each to its own
+            (4, 8, 2, 4),
+            (4, 8, 4, 1),  # bound, two of them to the same cores
+            (1, 1, 2, 1),
+        ],
+    )
+    def test_ranks_share_the_cores_of_a_node(self, monkeypatch, own, launcher, ranks, threads):
+        masks = {0: range(own), os.getppid(): range(launcher)}
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(masks[pid]), raising=False)
+        monkeypatch.setattr(process, "local_ranks", lambda: ranks)
+        assert process._share_of_cores() == threads
+
+    def test_ranks_are_told_in_the_line_at_start(self):
+        record, threads, _ = self.prepared(
+            "blas_kernel='off'", PMI_SIZE="64", PMI_RANK="1", MPI_LOCALNRANKS="64"
+        )
+        assert record["threads"] == threads == 1
+        assert record["ranks_on_node"] == 64
+        assert "64 ranks on this node, 1 thread each;" in process.describe(record)
+        assert "2 threads each" in process.describe({**record, "threads": 2})

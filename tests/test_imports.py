@@ -16,7 +16,7 @@ LIBRARY = ROOT / "cupytron"
 # Each may import what stands before it, and its own layer.
 LAYERS = [
     {"errors"},
-    {"process", "config", "config_io", "config_checks", "config_reader"},
+    {"launcher", "failing", "process", "config", "config_io", "config_checks", "config_reader"},
     {"backend"},
     {"comm"},
     {"together"},

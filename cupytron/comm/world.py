@@ -5,7 +5,7 @@ import warnings
 from cupytron.comm.alone import SelfCommunicator
 from cupytron.comm.communicator import Communicator
 from cupytron.errors import CupytronError
-from cupytron.process import launched_tasks
+from cupytron.launcher import launched_tasks
 
 
 def open_world() -> Communicator:
