@@ -4,23 +4,34 @@ import json
 
 import click
 
-from cupytron.cli.options import checkpoint_option, prepare_for_run
+from cupytron.cli.options import checkpoint_option, mesh_options, prepare_for_run
 
 
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--data", metavar="DIR", help="Another data set of the same tokenizer.")
 @checkpoint_option
+@mesh_options
 @click.option("--json", "as_json", is_flag=True, help="Print an object.")
-def command(run: str, data: str | None, checkpoint: str, as_json: bool) -> None:
-    """Loss of a run over the whole validation split."""
+def command(
+    run: str, data: str | None, checkpoint: str, tp: int | None, zero: int, as_json: bool
+) -> None:
+    """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
     prepare_for_run(run)
 
     from cupytron import load
+    from cupytron.comm import ParallelContext, open_world
 
-    result = load(run, checkpoint, lambda text: click.echo(f"warning: {text}", err=True)).evaluate(
-        data
-    )
+    context = ParallelContext(tp=tp or 1, world=open_world())
+    first = context.world.rank == 0
+
+    def warn(text: str) -> None:
+        if first:
+            click.echo(f"warning: {text}", err=True)
+
+    result = load(run, checkpoint, warn, context, zero).evaluate(data)
+    if not first:
+        return
     if as_json:
         click.echo(json.dumps(result))
         return

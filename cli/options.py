@@ -118,7 +118,24 @@ def prepare_for_run(run: str) -> None:
     from cupytron.config import load_config
     from cupytron.run_folder import RunFolder
 
-    prepare_process(load_config(file=RunFolder(run).require().config))
+    prepare_process(load_config(file=RunFolder(run).require().config, check=False))
+
+
+def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--tp and --zero, for a command that works with a trained model; it receives `tp` and `zero`."""
+    for option in (
+        click.option("--zero", type=click.IntRange(0, 3), default=0, help="3: spread the weights."),
+        click.option(
+            "--tensor-parallel-size",
+            "--tp",
+            "tp",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Under mpirun: how many ranks share each layer.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from cupytron.cli.options import checkpoint_option, prepare_for_run
+from cupytron.cli.options import checkpoint_option, mesh_options, prepare_for_run
 
 
 @click.command()
@@ -24,6 +24,7 @@ from cupytron.cli.options import checkpoint_option, prepare_for_run
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="M")
 @click.option("--seed", type=int, default=1, show_default=True, metavar="S")
 @checkpoint_option
+@mesh_options
 def command(
     run: str,
     prompt: str | None,
@@ -34,21 +35,38 @@ def command(
     num_samples: int,
     seed: int,
     checkpoint: str,
+    tp: int | None,
+    zero: int,
 ) -> None:
     """Write text with a trained model.
 
-    A text ends after N tokens, or where the model ends the document.
+    A text ends after N tokens, or where the model ends the document. Under mpirun the ranks share the
+    model, and write what one process would.
     """
     prepare_for_run(run)
 
     from cupytron import load
+    from cupytron.comm import ParallelContext, open_world
 
-    model = load(run, checkpoint, lambda text: click.echo(f"warning: {text}", err=True))
+    world = open_world()
+    # ranks share the layers, unless told otherwise: replicas would all write the same
+    context = ParallelContext(tp=tp or (1 if zero else world.size), world=world)
+    first = world.rank == 0
+
+    def warn(text: str) -> None:
+        if first:
+            click.echo(f"warning: {text}", err=True)
+
+    def tell(text: str) -> None:
+        if first:
+            write(text)
+
+    model = load(run, checkpoint, warn, context, zero)
     if prompt is None:
         prompt = model.default_prompt()
     for sample in range(num_samples):
         if num_samples > 1:
-            click.echo(f"--- sample {sample + 1} of {num_samples}")
+            tell(f"--- sample {sample + 1} of {num_samples}\n")
         pieces = model.stream(
             prompt,
             max_new_tokens,
@@ -58,11 +76,11 @@ def command(
             seed=seed,
             sample=sample,
         )
-        first = next(pieces, "")  # errors come before the prompt is echoed
-        write(prompt + first)
+        first_piece = next(pieces, "")  # errors come before the prompt is echoed
+        tell(prompt + first_piece)
         for text in pieces:
-            write(text)
-        click.echo()
+            tell(text)
+        tell("\n")
 
 
 def write(text: str) -> None:

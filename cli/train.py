@@ -18,14 +18,16 @@ from cupytron.cli.options import Settings, prepare_process, settings_options
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @settings_options
 def command(settings: Settings, out: str, resume: str, init_from: str | None, quiet: bool) -> int:
-    """Train a model, or resume a run.
+    """Train a model, or resume a run: in one process, or in many (mpirun -n 8 cupytron train ...).
 
     Ctrl-C, SIGTERM or SIGUSR1 once: finish the step, save, stop. The same command goes on from there.
     Without --preset and --config a run that is resumed keeps its own settings.
     """
-    config = settings.load(run=out)
+    config = settings.load(run=out, mesh=True)
     environment = prepare_process(config)
 
+    from cupytron.comm import open_world
     from cupytron.run import train
 
-    return train(config, out, environment, resume, init_from, quiet).exit_code
+    world = open_world()
+    return train(config, out, environment, resume, init_from, quiet, world).exit_code

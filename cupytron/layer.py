@@ -289,20 +289,21 @@ class Layer:
 
 
 class Wrapper(Layer):
-    """A layer around another one, invisible in names: values and masks are those of the layer inside."""
+    """A layer around another one, invisible in names: values and masks are those of the layer inside.
+
+    What it lacks itself is found inside: model.blocks[0].attention.
+    """
 
     def __init__(self, inner: Layer) -> None:
         self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet: a copy in the making
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         yield from self.inner.named_layers(prefix)
 
     def replace(self, change: Callable[[str, Layer], Layer], prefix: str = "") -> None:
         self.inner.replace(change, prefix)
-
-
-def unwrap(layer: Layer) -> Layer:
-    """The layer inside all wrappers."""
-    while isinstance(layer, Wrapper):
-        layer = layer.inner
-    return layer

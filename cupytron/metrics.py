@@ -75,12 +75,16 @@ class MetricsWriter:
 
 
 class Progress:
-    """Lines about a run: one that renews itself on a terminal, plain ones otherwise."""
+    """Lines about a run: one that renews itself on a terminal, plain ones otherwise.
 
-    def __init__(self, max_steps: int, quiet: bool = False) -> None:
+    Args:
+        live: False: plain lines always. A launcher may show a terminal where there is none.
+    """
+
+    def __init__(self, max_steps: int, quiet: bool = False, live: bool = True) -> None:
         self._max_steps = max_steps
         self._quiet = quiet
-        self._live = not quiet and sys.stdout is not None and sys.stdout.isatty()
+        self._live = live and not quiet and sys.stdout is not None and sys.stdout.isatty()
         self._began = time.monotonic()
         self._first: int | None = None
         self._console: Any = None

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from cupytron.config import ModelConfig
-from cupytron.layer import Layer, Parameter, Stash, normal, unwrap
+from cupytron.layer import Layer, Parameter, Stash, normal
 from cupytron.nn import (
     MLP,
     Attention,
@@ -72,7 +72,7 @@ class Transformer(Layer):
 
     def loss(self, logits: Any, targets: Any, scale: float) -> float:
         """As the head's: a sharded head has shards of logits."""
-        head: Any = unwrap(self.head)
+        head: Any = self.head  # wrapped or replaced, it has one
         return head.loss(logits, targets, scale)
 
 

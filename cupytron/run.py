@@ -2,25 +2,28 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupytron import checkpoint, process
+from cupytron import checkpoint, mesh_run, process
 from cupytron.checkpoint import Checkpoint
+from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
-from cupytron.data import DataError, Dataset, Loader, evaluation_batches, open_dataset
+from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes
+from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
 from cupytron.trainer import NotFinite, Trainer
+from cupytron.watchdog import Watchdog
 
 
 @dataclasses.dataclass
@@ -39,8 +42,11 @@ def train(
     resume: str = "auto",
     init_from: str | Path | None = None,
     quiet: bool = False,
+    world: Communicator | None = None,
 ) -> Outcome:
     """Train until train.max_steps, from the newest whole checkpoint in `out` if there is one.
+
+    Collective over `world`. Rank 0 owns the run's folder and the terminal.
 
     Args:
         config: the run's settings; config.data.path names the data set.
@@ -49,6 +55,7 @@ def train(
         resume: "auto", or "never": refuse a folder that holds checkpoints.
         init_from: a run whose best or last weights this one starts from.
         quiet: print nothing.
+        world: all ranks of the run; None: this process alone.
 
     Raises:
         CupytronError, DataError: settings, data or checkpoints that cannot be used.
@@ -56,48 +63,41 @@ def train(
     """
     if not str(out):
         raise ConfigError("--out is empty; give the folder that the run is to have")
-    folder = RunFolder(out)
+    folder, world = RunFolder(out), world or SelfCommunicator()
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
+    context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
     folder.check_new()
     if folder.steps() and resume == "never":
         raise CupytronError(
             f"{folder.path}: holds a run at step {folder.steps()[-1]}; choose another --out, "
             "or --resume auto to go on with it"
         )
-    dataset = open_data(config.data.path)
+    dataset = mesh_run.open_data(config.data.path, world)
     settings = resolve_run(config, dataset.vocab_size)
     # the path is kept absolute: the run may be resumed from another working folder
-    data = settings.data.model_copy(update={"path": _absolute(dataset.path)})
+    data = settings.data.model_copy(update={"path": mesh_run.absolute(dataset.path)})
     settings = settings.model_copy(update={"data": data})
-    progress = Progress(config.train.max_steps, quiet)
+    progress = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
-        run = _Run(settings, folder, dataset, environment, progress)
-        folder.path.mkdir(parents=True, exist_ok=True)  # not before the settings have proved good
-        with folder.lock(), run.stop:
-            run.start(init_from)
-            return run.loop()
+        run = _Run(settings, folder, dataset, environment, progress, context)
+        if world.rank == 0:
+            # not before the settings have proved good
+            folder.path.mkdir(parents=True, exist_ok=True)
+        world.barrier()
+        with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop, run.watchdog:
+            try:
+                run.start(init_from)
+                return run.loop()
+            except BaseException as error:
+                error.add_note(run.where())
+                raise
     except OSError as error:
         if error.filename is not None:
             raise
         raise CupytronError(f"{folder.path}: {error.strerror or error}; make room there") from error
     finally:
         progress.close()
-
-
-def open_data(path: str | Path) -> Dataset:
-    """Open a data set that the settings name, and compare it with its hashes."""
-    try:
-        return open_dataset(path, verify=True)
-    except DataError as error:
-        raise DataError(f"{error} (if it stands elsewhere now, give --data DIR)") from None
-
-
-def _absolute(path: Path) -> str:
-    absolute = str(path.resolve())
-    if not absolute.isprintable():
-        raise ConfigError(f"data.path={absolute!r}: has characters that no settings file can hold")
-    return absolute
 
 
 class _Run:
@@ -108,10 +108,13 @@ class _Run:
         dataset: Dataset,
         environment: dict[str, Any],
         progress: Progress,
+        context: ParallelContext,
     ) -> None:
         self.config, self.folder, self.dataset = config, folder, dataset
         self.environment, self.progress = environment, progress
-        self.trainer = Trainer(config, dataset.vocab_size)
+        self.context, self.world = context, context.world
+        self.first = self.world.rank == 0  # the rank that writes what only one may
+        self.trainer = Trainer(config, dataset.vocab_size, context)
         seq = config.train.sequence_length
         self.loader = Loader(dataset.train, seq, config.train.seed)
         self.speed = Speed(self.trainer.model.config, seq)
@@ -119,14 +122,20 @@ class _Run:
         self.elapsed = 0.0
         self.val_loss: float | None = None  # of the current step, if it was evaluated
         self.stop = StopRequest()
+        self.phase = "at the start"
+        timeout = config.parallel.timeout if self.world.size > 1 else 0
+        self.watchdog = Watchdog(timeout, self.world.rank, lambda: mesh_run.waiting_in(context))
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
+        self.metrics: MetricsWriter | None = None
 
     def start(self, init_from: str | Path | None) -> None:
         """Build or restore the state, and bring the folder in line with it."""
         process.note_loaded_blas(self.environment)
         self.progress.line(process.describe(self.environment))
-        found = self.folder.newest(self._warn)
+        for line in mesh_run.describe(self.config, self.context):
+            self.progress.line(line)
+        found = self.folder.newest(self._warn, self.world)
         if found is None and self.folder.steps():
             raise CheckpointError(
                 f"{self.folder.path}: none of its checkpoints is whole, so there is nothing to "
@@ -134,28 +143,25 @@ class _Run:
             )
         source = self._init_source(init_from) if init_from and found is None else None
         if found:
-            self._check_fits(found)
+            for line in check_fits(
+                found, self.config, self.trainer.model.config, self.dataset, self.environment
+            ):
+                self._warn(line)
             if init_from:
                 self._warn("--init-from is not used: this run has begun, and is resumed")
         elif source:
-            self._check_model(source)
-        self.trainer.materialize()
+            check_model(source, self.trainer.model.config, self.dataset)
+        self.note("making the initial weights")
+        self.trainer.materialize(initial=found is None and source is None)
         if found:
             self._restore(found)
         elif source:
             self.trainer.load(source, weights_only=True)
             self.progress.line(f"weights from {source.folder}")
-        self.folder.create()
-        self.folder.set_aside_after(self.trainer.step if found else -1)
-        if found and _validation_hash(found) == self.dataset.val.sha256:
-            best = self.folder.best(self._warn)
-            self.best = best.about["val_loss"] if best else math.inf
-        self.folder.write(self.folder.config, self.config.to_toml())
-        self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
-        if self.dataset.tokenizer_hash:
-            content = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
-            self.folder.write(self.folder.tokenizer, content)
-        self.metrics = MetricsWriter(self.folder.open_metrics(self.trainer.step if found else -1))
+        best = None
+        if self.first:
+            best = self._prepare_folder(found)
+        self.best = self.world.gather_objects(best)[0]
         model = self.trainer.model.config
         self.progress.line(
             f"{model.family}, {model.num_parameters():,} parameters; "
@@ -164,48 +170,42 @@ class _Run:
             "GFLOP/s with attention counted whole/causal"
         )
 
+    def _prepare_folder(self, found: Checkpoint | None) -> float:
+        """Bring the folder in line with the state; the best validation loss so far."""
+        self.folder.create()
+        self.folder.set_aside_after(self.trainer.step if found else -1)
+        best = None
+        if found and found.about["data"]["val_sha256"] == self.dataset.val.sha256:
+            best = self.folder.best(self._warn)
+        self.folder.write(self.folder.config, self.config.to_toml())
+        self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
+        if self.dataset.tokenizer_hash:
+            content = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
+            self.folder.write(self.folder.tokenizer, content)
+        self.metrics = MetricsWriter(self.folder.open_metrics(self.trainer.step if found else -1))
+        return best.about["val_loss"] if best else math.inf
+
+    def note(self, phase: str) -> None:
+        """Say what comes next, for messages and the watchdog."""
+        self.phase = phase
+        self.watchdog.note(self.trainer.step, phase)
+
+    def where(self) -> str:
+        """Step and phase, for messages."""
+        return f"step {self.trainer.step + 1}, {self.phase}"
+
     def _warn(self, text: str) -> None:
         self.progress.line(f"warning: {text}")
 
     def _init_source(self, path: str | Path) -> Checkpoint:
         folder = RunFolder(path).require()
-        source = folder.best(self._warn) or folder.newest(self._warn)
+        source = folder.best(self._warn) or folder.newest(self._warn, self.world)
         if source is None:
             raise CheckpointError(f"{folder.path}: no whole checkpoint to take weights from")
         return source
 
-    def _check_model(self, found: Checkpoint) -> None:
-        """Refuse weights that would mean something else here, whatever their shapes."""
-        before, now = found.about["model"], self.trainer.model.config.model_dump()
-        # dropout and recompute change no tensor
-        free = {"dropout", "recompute", "init_std", "family"}
-        pairs = [(f"model.{k}", before.get(k), now[k]) for k in now if k not in free]
-        lines = "; ".join(f"{k}: {a} there, {b} asked for" for k, a, b in pairs if a != b)
-        if lines:
-            raise ConfigError(f"{found.folder} does not fit: {lines}; choose another --out")
-        if found.about["data"]["tokenizer_hash"] != self.dataset.tokenizer_hash:
-            raise ConfigError(
-                f"{found.folder} was trained with another tokenizer than that of "
-                f"{self.dataset.path}; prepare the data with --tokenizer RUN/tokenizer.json"
-            )
-
-    def _check_fits(self, found: Checkpoint) -> None:
-        """Refuse what cannot be resumed; warn of what changes the result."""
-        self._check_model(found)
-        before, now = found.about["settings"]["optim"]["name"], self.config.optim.name
-        if before != now:
-            raise ConfigError(
-                f"{found.folder} does not fit: optim.name: {before} there, {now} asked for; "
-                "choose another --out"
-            )
-        if found.about["data"]["train_sha256"] != self.dataset.train.sha256:
-            self._warn("the data set has changed: samples will not be those of an unbroken run")
-        for line in _settings_changed(found.about["settings"], self.config.model_dump(mode="json")):
-            self._warn(f"setting changed: {line}")
-        for line in process.changes(found.about["environment"], self.environment):
-            self._warn(f"environment changed, so the last bits may differ: {line}")
-
     def _restore(self, found: Checkpoint) -> None:
+        self.note("reading the checkpoint")
         self.trainer.load(found)
         self.trainer.step = found.step
         self.trainer.position = int(found.about["position"])
@@ -228,7 +228,7 @@ class _Run:
                     self._evaluate()
                     if self.saved is not None and self._is_best():
                         self._save(again=True)
-                while self.trainer.step < train.max_steps and stop.signal is None:
+                while self.trainer.step < train.max_steps and not stop.agree(self.world):
                     self._step()
                     self._after_step()
                 if stop.signal is not None:
@@ -250,36 +250,51 @@ class _Run:
                     f"from {at}"
                 ) from error
             finally:
-                with contextlib.suppress(OSError):
-                    self.metrics.close()
+                if self.metrics:
+                    with contextlib.suppress(OSError):
+                        self.metrics.close()
         return Outcome(stop.exit_code, self.trainer.step, self.val_loss)
 
     def _step(self) -> None:
+        self.note("in the step")
         began = time.monotonic()
-        inputs, targets = self.loader.batch(self.trainer.position, self.config.global_batch)
+        inputs, targets = self._next_batch()
         try:
             result = self.trainer.train_step(inputs, targets)
         except NotFinite as error:
             raise NotFinite(f"{error}; {self._last_good()}") from None
         seconds = time.monotonic() - began
         self.val_loss = None
-        self.tokens += inputs.size
+        self.tokens += self.config.tokens_per_step
         self.elapsed += seconds
-        self.speed.add(inputs.size, seconds)
+        self.speed.add(self.config.tokens_per_step, seconds)
         record = {
             "step": self.trainer.step,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": self.tokens,
-            "tokens_per_second": inputs.size / max(seconds, 1e-9),
+            "tokens_per_second": self.config.tokens_per_step / max(seconds, 1e-9),
             "elapsed_seconds": self.elapsed,
         }
-        self.metrics.write(record)
+        self._record(record)
         step, train = self.trainer.step, self.config.train
         if step % train.log_interval == 0 or step in (1, train.max_steps):
             memory = {"peak_memory_bytes": peak_memory_bytes()}
             self.progress.step({**record, **self.speed.read(), **memory})
+
+    def _next_batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """This replica's part of the next global batch."""
+        size = self.config.train.micro_batch
+        parts = [
+            self.loader.batch(self.trainer.position + int(first), size)
+            for first in self.trainer.local_sequences[::size]
+        ]
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.metrics:
+            self.metrics.write(record)
 
     def _last_good(self) -> str:
         steps = self.folder.steps()
@@ -310,8 +325,7 @@ class _Run:
         config = self.config.train
         batches = evaluation_batches(self.dataset.val, config.sequence_length, config.micro_batch)
         # a signal does not wait for the rest of a long evaluation
-        wanted = itertools.takewhile(lambda batch: self.stop.signal is None, batches)
-        total, counted = self.trainer.evaluate(wanted)
+        total, counted = self.trainer.evaluate(self._until_stopped(batches))
         if self.stop.signal is not None:
             return
         loss = total / counted
@@ -321,13 +335,23 @@ class _Run:
                 f"{self._last_good()}"
             )
         self.val_loss = loss
-        self.metrics.write({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
+        self._record({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
         self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}")
+
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            if number % self.context.dp.size == 0:  # all replicas do, or none
+                self.note("evaluating")
+                if self.stop.agree(self.world):
+                    return
+            yield batch
 
     def _save(self, again: bool = False) -> None:
         if self.saved == self.trainer.step and not again:
             return
-        self.metrics.flush()
+        self.note("saving")
+        if self.metrics:
+            self.metrics.flush()
         about = {
             "step": self.trainer.step,
             "position": self.trainer.position,
@@ -341,27 +365,13 @@ class _Run:
                 "train_sha256": self.dataset.train.sha256,
                 "val_sha256": self.dataset.val.sha256,
             },
+            "mesh": {**self.context.sizes, "zero": self.config.parallel.zero},
             "environment": self.environment,
         }
-        checkpoint.write(self.folder.place(self.trainer.step), self.trainer.pieces(), about)
+        place = self.folder.place(self.trainer.step)
+        checkpoint.write(place, self.trainer.pieces(), about, self.world)
         self.saved = self.trainer.step
         if self.val_loss is not None:
             self.best = min(self.best, self.val_loss)
-        self.folder.prune(self.config.checkpoint.keep)
-
-
-def _validation_hash(found: Checkpoint) -> str | None:
-    return found.about["data"]["val_sha256"]
-
-
-def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    quiet = {"data", "checkpoint", "parallel"}  # these change no number
-    lines = []
-    for section in now:
-        if section in quiet:
-            continue
-        for key, value in now[section].items():
-            old = before.get(section, {}).get(key)
-            if old != value and key not in ("log_interval", "eval_interval"):
-                lines.append(f"{section}.{key}: {old} before, {value} now")
-    return lines
+        if self.first:
+            self.folder.prune(self.config.checkpoint.keep)

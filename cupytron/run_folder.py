@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from cupytron import checkpoint
 from cupytron.checkpoint import Checkpoint
+from cupytron.comm import Communicator
 from cupytron.errors import CheckpointError, CupytronError
 
 _STEP = re.compile(r"step-(\d{8,12})")
@@ -109,11 +110,16 @@ class RunFolder:
         found = (_STEP.fullmatch(p.name) for p in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that verifies; `warn` hears of each newer one that does not."""
+    def newest(
+        self, warn: Callable[[str], None], world: Communicator | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint that verifies; `warn` hears of each newer one that does not.
+
+        Collective over `world`, if it is given: the ranks share the work.
+        """
         for step in reversed(self.steps()):
             try:
-                return self._open(step)
+                return self._open(step, world)
             except CheckpointError as error:
                 warn(f"{error}; falling back to an older one")
         return None
@@ -150,8 +156,10 @@ class RunFolder:
             except CheckpointError:
                 continue
 
-    def find(self, which: str, warn: Callable[[str], None]) -> Checkpoint:
-        """The checkpoint called "last", "best" or by its step, verified.
+    def find(
+        self, which: str, warn: Callable[[str], None], world: Communicator | None = None
+    ) -> Checkpoint:
+        """The checkpoint called "last", "best" or by its step, verified; collective over `world`.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -159,7 +167,7 @@ class RunFolder:
         if not self.steps():
             raise CheckpointError(f"{self.path}: no checkpoint yet; train it first")
         if which == "last":
-            found = self.newest(warn)
+            found = self.newest(warn, world)
             if found is None:
                 raise CheckpointError(f"{self.path}: none of its checkpoints is whole")
             return found
@@ -170,21 +178,18 @@ class RunFolder:
                     f"{self.path}: no whole checkpoint has a validation loss; use --checkpoint last"
                 )
             return found
-        elif which.isdecimal() and int(which) in self.steps():
-            return self._open(int(which))
-        else:
-            have = ", ".join(str(s) for s in self.steps())
-            raise CheckpointError(
-                f"{self.path}: no checkpoint {which!r}; choose best, last or one of {have}"
-            )
-        found.verify()
-        return found
+        if which.isdecimal() and int(which) in self.steps():
+            return self._open(int(which), world)
+        have = ", ".join(str(s) for s in self.steps())
+        raise CheckpointError(
+            f"{self.path}: no checkpoint {which!r}; choose best, last or one of {have}"
+        )
 
-    def _open(self, step: int) -> Checkpoint:
+    def _open(self, step: int, world: Communicator | None = None) -> Checkpoint:
         found = Checkpoint(self.place(step))
         if found.step != step:
             raise CheckpointError(f"{found.folder}: it holds step {found.step}; rename it back")
-        found.verify()
+        found.verify(world)
         return found
 
     def set_aside_after(self, step: int) -> None:

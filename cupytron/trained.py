@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from cupytron.comm import ParallelContext
 from cupytron.config import RunConfig, load_config
 from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
+from cupytron.mesh_run import open_data
 from cupytron.model import Transformer
-from cupytron.run import open_data
+from cupytron.parallel.plan import build
 from cupytron.run_folder import RunFolder
-from cupytron.trainer import evaluate
+from cupytron.trainer import evaluate, load_buckets
 
 
 class TrainedModel:
@@ -23,13 +25,19 @@ class TrainedModel:
 
     Attributes:
         config: the run's settings. step: of the checkpoint. model: the Transformer.
-        tokenizer: None if the data set had none.
+        tokenizer: None if the data set had none. context: the mesh that it runs on.
     """
 
     def __init__(
-        self, config: RunConfig, model: Transformer, tokenizer: Tokenizer | None, step: int
+        self,
+        config: RunConfig,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        step: int,
+        context: ParallelContext,
     ) -> None:
         self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
+        self.context = context
 
     def stream(
         self,
@@ -72,6 +80,7 @@ class TrainedModel:
             sample=sample,
             stop=separator if stop_at_separator else None,
             vocab_size=tokenizer.vocab_size,
+            tp=self.context.tp,
         ):
             if text := decoder.push(token):
                 yield text
@@ -105,7 +114,7 @@ class TrainedModel:
         path = data or self.config.data.path
         if path is None:
             raise CupytronError("the run names no data set; give --data DIR")
-        dataset = open_data(path)
+        dataset = open_data(path, self.context.world)
         vocab = int(self.model.config.vocab_size or 0)
         if dataset.vocab_size > vocab:
             raise CupytronError(
@@ -119,7 +128,7 @@ class TrainedModel:
             )
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
-        total, counted = evaluate(self.model, batches)
+        total, counted = evaluate(self.model, batches, self.context.dp)
         loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
             "val_loss": loss,
@@ -139,14 +148,21 @@ def _predicted_bytes(dataset: Dataset) -> int | None:
 
 
 def load(
-    run: str | Path, checkpoint: str = "best", warn: Callable[[str], None] = lambda text: None
+    run: str | Path,
+    checkpoint: str = "best",
+    warn: Callable[[str], None] = lambda text: None,
+    context: ParallelContext | None = None,
+    zero: int = 0,
 ) -> TrainedModel:
-    """A trained model from a run's folder.
+    """A trained model from a run's folder, whatever mesh it was trained on.
 
     Args:
         run: folder that `cupytron train --out` made.
         checkpoint: "best" (by validation loss; the last if none was evaluated), "last", or a step.
         warn: hears of damaged checkpoints that are passed over.
+        context: the mesh that the model is to run on; None: this process alone. All of its ranks call
+            this, and then the model's methods, together.
+        zero: 3 spreads the weights over the replicas, and gathers them layer by layer.
 
     Raises:
         CupytronError: no such run or checkpoint, or a damaged one.
@@ -154,7 +170,7 @@ def load(
     folder = RunFolder(run).require()
     if checkpoint == "best" and folder.best() is None:
         checkpoint = "last"
-    found = folder.find(checkpoint, warn)
+    found = folder.find(checkpoint, warn, None if context is None else context.world)
     # the checkpoint's own record, which its hash covers, not config.toml, which anybody may have edited
     try:
         config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
@@ -165,22 +181,14 @@ def load(
         if (path := load_config(file=folder.config).data.path) is not None:
             data = config.data.model_copy(update={"path": path})
             config = config.model_copy(update={"data": data})
-    model = Transformer(config.model)
-    dtype = np.dtype(config.train.dtype)
-    parameters = {f"weight/{name}": p for name, p in model.named_parameters()}
-    for name, array in found.tensors():
-        parameter = parameters.pop(name, None)
-        if parameter is None:
-            continue  # optimizer state
-        if array.shape != parameter.shape:
-            raise CheckpointError(
-                f"{found.folder}: {name} has shape {array.shape}, the model {parameter.shape}"
-            )
-        parameter.data = array.astype(dtype, copy=False)
-    if parameters:
-        raise CheckpointError(f"{found.folder}: it lacks {', '.join(sorted(parameters))}")
+    context = context or ParallelContext()
+    parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
+    config = config.model_copy(update={"parallel": parallel})
+    model, shards = build(config, config.model, context, training=False)
+    shards.materialize(None, np.dtype(config.train.dtype))
+    load_buckets(found, shards, ("weight",), complete=False)
     tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
-    return TrainedModel(config, model, tokenizer, found.step)
+    return TrainedModel(config, model, tokenizer, found.step, context)
 
 
 def _tokenizer(folder: RunFolder, expected: str | None) -> Tokenizer | None:

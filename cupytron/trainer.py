@@ -59,10 +59,15 @@ class Trainer:
         self.model, self.zero = build(config, model_config, self.context)
         self.optimizer = optim.OPTIMIZERS[config.optim.name](config.optim)
 
-    def materialize(self) -> None:
-        """Allocate weights, gradients and optimizer state; the weights get their initial values."""
+    def materialize(self, initial: bool = True) -> None:
+        """Allocate weights, gradients and optimizer state.
+
+        Args:
+            initial: give the weights their initial values; not needed where `load` follows.
+        """
         train = self.config.train
-        self.zero.materialize(train.seed, np.dtype(train.dtype), self.optimizer.STATE)
+        seed = train.seed if initial else None
+        self.zero.materialize(seed, np.dtype(train.dtype), self.optimizer.STATE)
 
     def train_step(self, inputs: Any, targets: Any) -> StepResult:
         """Train on one global batch.

@@ -77,10 +77,12 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-def test_a_launcher_of_several_processes_is_refused(tmp_path, data):
+def test_a_launcher_whose_processes_do_not_find_each_other_is_refused(tmp_path, data):
+    """Four silent copies that write the same files would be worse than an error."""
     environment = {**os.environ, "PMI_SIZE": "4"}
-    done = call("train", "--data", data, "--out", tmp_path / "run", env=environment)
-    assert done.returncode == 2 and "started 4 processes" in done.stderr
+    batch = ("--global-batch", "48")
+    done = call("train", "--data", data, "--out", tmp_path / "run", *batch, env=environment)
+    assert done.returncode == 1 and "started 4 processes, and MPI knows 1" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -28,7 +28,20 @@ LAYERS = [
     {"parallel", "optim"},
     {"sampling"},
     {"trainer", "generate", "run_folder"},
-    {"stop", "metrics", "bench", "run", "trained", "report", "report_page", "chart"},
+    {
+        "stop",
+        "metrics",
+        "bench",
+        "run",
+        "resume",
+        "mesh_run",
+        "verify",
+        "watchdog",
+        "trained",
+        "report",
+        "report_page",
+        "chart",
+    },
     {"cli"},
 ]
 

@@ -60,9 +60,11 @@ class Bucket:
         self.gradient: Any = None
         self.state: dict[str, Any] = {}
 
-    def initial_weights(self, seed: int, dtype: Any) -> np.ndarray:
-        """The flat array of initial values."""
+    def initial_weights(self, seed: int | None, dtype: Any) -> np.ndarray:
+        """The flat array of initial values; zeros without a seed."""
         data = np.zeros(self.size, dtype)
+        if seed is None:
+            return data
         for parameter, start, stop in self.segments:
             data[start:stop] = parameter.initial_values(seed).reshape(-1)
         return data

@@ -89,17 +89,20 @@ class Zero:
         for first, second in itertools.pairwise(layers):
             first.following, second.preceding = second, first
 
-    def materialize(self, seed: int, dtype: Any, state: tuple[str, ...] = ()) -> None:
-        """Allocate what this rank holds; weights get their initial values, state zeros."""
+    def materialize(self, seed: int | None, dtype: Any, state: tuple[str, ...] = ()) -> None:
+        """Allocate what this rank holds.
+
+        Args:
+            seed: of the initial weights; None: zeros, since a checkpoint's are to be read.
+            state: names of the optimizer's arrays, zeros at first.
+        """
         for bucket in self.buckets:
-            data = bucket.initial_weights(seed, dtype)
             if self.stage < 3:
-                bucket.set_data(data)
-                bucket.weights = data[bucket.owned]
+                bucket.set_data(bucket.initial_weights(seed, dtype))
+                bucket.weights = bucket.data[bucket.owned]
             else:
-                bucket.weights = data[bucket.owned].copy()
+                bucket.weights = bucket.initial_weights(seed, dtype)[bucket.owned].copy()
                 bucket.set_data(None)
-            del data
             if not self.training:
                 continue
             if self.parts_at_once:
