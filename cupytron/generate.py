@@ -1,4 +1,4 @@
-"""Writing text: KV cache, window, and the choice of the next token."""
+"""Writing text: KV cache, window, and one token after the other."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
 from cupytron.layer import MicroBatch, Stash
 from cupytron.model import Transformer
 from cupytron.ops import philox
+from cupytron.sampling import choose
+
+__all__ = ["Decoder", "KVCache", "choose", "generate", "window_start"]
 
 
 class KVCache:
@@ -68,7 +72,10 @@ class Decoder:
         self._start = 0
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Logits (V,) of the token after `ids`; ids may only have grown since the last call."""
+        """Logits (V_local,) of the token after `ids`; ids may only have grown since the last call.
+
+        Under tensor parallelism they are those of this rank's share of the vocabulary.
+        """
         start = window_start(len(ids), self.context)
         if self._cache is None or start != self._start or not self.use_cache:
             self._cache, self._start = KVCache(self.context), start
@@ -94,8 +101,9 @@ def generate(
     stop: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    tp: Communicator | None = None,
 ) -> Iterator[int]:
-    """New token ids, one at a time.
+    """New token ids, one at a time; the same on every rank of `tp`, which take part in each.
 
     Args:
         prompt: at least one token id.
@@ -104,6 +112,8 @@ def generate(
         seed, sample: address the random numbers: sample number i is the same however many are drawn.
         stop: a token that ends the text (it is not yielded).
         vocab_size: ids from here on are padding and are never chosen.
+        tp: ranks that share the vocabulary, ceil(V / size) ids each until none are left; None: no
+            other rank.
 
     Raises:
         CupytronError: an argument is out of range.
@@ -111,47 +121,20 @@ def generate(
     _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
     key = philox.key_of(seed, "sample", str(sample))
     decoder = Decoder(model, use_cache)
+    tp = tp or SelfCommunicator("tp")
+    vocab = int(model.config.vocab_size or 0)
+    first = min(tp.rank * -(-vocab // tp.size), vocab)
+    real = max(0, (vocab if vocab_size is None else vocab_size) - first)
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        logits = decoder.logits(ids)[:vocab_size]
-        token = choose(logits, temperature, top_k, top_p, key, position=len(ids))
+        logits = decoder.logits(ids)[:real]
+        token = choose(
+            logits, temperature, top_k, top_p, key, position=len(ids), tp=tp, first=first
+        )
         if token == stop:
             return
         ids.append(token)
         yield token
-
-
-def choose(
-    logits: Any,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    key: tuple[int, int],
-    position: int,
-) -> int:
-    """One token id drawn from softmax(logits / temperature), restricted by top_k, then top_p.
-
-    Each token's score gets Gumbel noise of its own, addressed by position and token id, and the largest
-    wins (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): that needs no sum over the vocabulary, and
-    shards of it can decide among their winners. Ties go to the smaller id.
-    """
-    scores = np.asarray(logits, dtype=np.float64)
-    if temperature == 0:
-        return int(np.argmax(scores))
-    # the largest becomes 0: however small the temperature, nothing overflows
-    with np.errstate(over="ignore"):
-        scores = (scores - scores.max()) / temperature
-    order = np.argsort(-scores, kind="stable")
-    if top_k is not None:
-        order = order[:top_k]
-    if top_p is not None:
-        weights = np.exp(scores[order])
-        before = np.cumsum(weights) - weights  # probability of all that are likelier
-        order = order[before < top_p * weights.sum()]
-    kept = np.sort(order)
-    words = philox.philox(np, (kept.astype(np.uint64), position, 0, 0), key)
-    uniform = (words[0] + 0.5) * 2.0**-32
-    return int(kept[np.argmax(scores[kept] - np.log(-np.log(uniform)))])
 
 
 def _check(
