@@ -13,7 +13,7 @@ import pytest
 from checkpoint_ranks import pieces_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_comm import mpiexec
+from launchers import NAMES, launch
 
 from cupytron import checkpoint, checkpoint_format
 from cupytron.checkpoint import Checkpoint, Piece
@@ -33,15 +33,11 @@ def test_a_rank_with_nan_fails_all(tmp_path, size):
     run_ranks(size, lambda comm: checkpoint_ranks.check_a_failing_rank_fails_all(comm, tmp_path))
 
 
-@pytest.mark.skipif(mpiexec() is None, reason="no MPI launcher: pip install mpich")
-def test_processes_write_and_read(tmp_path):
-    script = Path(checkpoint_ranks.__file__)
-    done = subprocess.run(
-        [mpiexec(), "-n", "2", sys.executable, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_write_and_read(tmp_path, name):
+    body = [sys.executable, checkpoint_ranks.__file__, str(tmp_path)]
+    command, env = launch(name, 2, body)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "written and read by 2 ranks" in done.stdout
 
