@@ -137,7 +137,7 @@ def _kept(
         last = int(reached.searchsorted(limit or limit_of(int(reached[-1]))))
         boundary = rest[last]
         equals = last + 1 - int(rest.searchsorted(boundary))
-        earlier = np.count_nonzero(everyone[: tp.rank * len(mine)] == boundary)
+        earlier = int(np.count_nonzero(everyone[: tp.rank * len(mine)] == boundary))
     keep = costs < boundary
     keep[(costs == boundary).nonzero()[0][: max(0, equals - earlier)]] = True
     return keep
