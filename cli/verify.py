@@ -109,6 +109,7 @@ def _object(report: Any) -> dict[str, Any]:
         "tolerance": report.tolerance,
         "gradient_error": report.gradient_error,
         "replicas_equal": report.replicas_equal,
+        "groups_right": report.groups_right,
         "differences": [difference._asdict() for difference in report.differences],
     }
 
@@ -131,5 +132,7 @@ def _show(config: "RunConfig", report: Any) -> None:
         )
     if not report.replicas_equal:
         click.echo("the replicas' weights differ")
+    if not report.groups_right:
+        click.echo("the groups of the mesh hold other ranks than they should")
     limit = f"{report.tolerance:.0e}" if report.tolerance else "0: bit for bit"
     click.echo(f"{'the same numbers' if report.ok else 'NOT the same numbers'} (tolerance {limit})")

@@ -120,7 +120,7 @@ class Trainer:
             replicas=dp.size,
         )
         # the loss is the mean over all targets of the step, wherever they are: they are counted first
-        counted = int(dp.all_reduce(np.array([(targets != ops.IGNORE).sum()], np.int64))[0])
+        counted = count_targets(dp, targets)
         self.zero.begin_step(len(work))
         actions = schedules.gradient_accumulation(len(work))
         losses = run_schedule(self.model, actions, work, scale=1 / max(1, counted))
@@ -245,6 +245,11 @@ def _loss(model: Transformer, batch: Any) -> float:
     inputs, targets = batch
     work = cut(inputs, targets, len(inputs), training=False)
     return math.fsum(run_schedule(model, schedules.forward_only(len(work)), work, scale=1.0))
+
+
+def count_targets(dp: Communicator, targets: Any) -> int:
+    """How many targets count, on all replicas together."""
+    return int(dp.all_reduce(np.array([(targets != ops.IGNORE).sum()], np.int64))[0])
 
 
 def sum_exactly(dp: Communicator, losses: list[float]) -> float:

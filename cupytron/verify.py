@@ -41,12 +41,14 @@ class Report(NamedTuple):
     differences: of every tensor, the largest first. tolerance: what they may be; 0 is bit for bit.
     gradient_error: of the one process against finite differences; None in float32.
     replicas_equal: whether all replicas' weights have the same bits.
+    groups_right: whether the ranks of each axis differ along that axis alone.
     """
 
     differences: list[Difference]
     tolerance: float
     gradient_error: float | None
     replicas_equal: bool
+    groups_right: bool
 
     @property
     def largest(self) -> float:
@@ -58,7 +60,8 @@ class Report(NamedTuple):
         """Whether the mesh gives the numbers of one process, and these are right."""
         gradient = self.gradient_error is None or self.gradient_error <= GRADIENT_TOLERANCE
         # written so that NaN fails
-        return self.largest <= self.tolerance and gradient and self.replicas_equal
+        same = self.replicas_equal and self.groups_right
+        return self.largest <= self.tolerance and gradient and same
 
 
 class Step(NamedTuple):
@@ -111,9 +114,9 @@ def compare(config: RunConfig, context: ParallelContext, one: Reference) -> Repo
         for name, mine, whole in _held(trainer, "weights", expected.weights):
             _note(found, number, "weight", name, _error(mine, whole))
         replicas_equal &= _replicas_equal(trainer)
-    everyone = context.world.gather_objects((found, replicas_equal))
+    everyone = context.world.gather_objects((found, replicas_equal, _groups_right(context)))
     worst: dict[tuple[str, str], Difference] = {}
-    for theirs, _ in everyone:
+    for theirs, _, _ in everyone:
         for key, difference in theirs.items():
             if key not in worst or _worse(difference.error, worst[key].error):
                 worst[key] = difference
@@ -122,7 +125,8 @@ def compare(config: RunConfig, context: ParallelContext, one: Reference) -> Repo
         sorted(worst.values(), key=lambda d: -np.inf if np.isnan(d.error) else -d.error),
         0.0 if exact else TOLERANCE[config.train.dtype],
         one.gradient_error,
-        all(equal for _, equal in everyone),
+        all(equal for _, equal, _ in everyone),
+        all(right for _, _, right in everyone),
     )
 
 
@@ -202,6 +206,17 @@ def _replicas_equal(trainer: Trainer) -> bool:
         if bucket.data is not None:
             digest.update(bucket.data.tobytes())
     return len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
+
+
+def _groups_right(context: ParallelContext) -> bool:
+    """Whether each group has the ranks that differ from this one along its axis alone, in their order."""
+    right = True
+    for axis, group in (("tp", context.tp), ("dp", context.dp), ("pp", context.pp)):
+        places = group.gather_objects((context.coordinates, context.world.rank))
+        wanted = [{**context.coordinates, axis: i} for i in range(context.sizes[axis])]
+        right &= [place for place, _ in places] == wanted
+        right &= len({rank for _, rank in places}) == len(places)
+    return right
 
 
 def _gradient_error(trainer: Trainer) -> float:

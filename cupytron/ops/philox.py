@@ -94,6 +94,8 @@ def normal(shape: tuple[int, ...], box: tuple[slice, ...], key: tuple[int, int])
         index in the whole tensor only.
     """
     part = np.empty([s.stop - s.start for s in box])
+    if part.size == 0:
+        return part
     # the part is made of runs that are contiguous in the whole tensor
     inner = len(shape)
     while inner > 0 and (box[inner - 1].start, box[inner - 1].stop) == (0, shape[inner - 1]):

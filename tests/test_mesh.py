@@ -1,0 +1,263 @@
+"""Every mesh gives the numbers of one process: chosen cases, drawn ones, and bugs that must be seen."""
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from meshes import check, config, on_mesh
+
+from cupytron import trainer as trainer_module
+from cupytron.comm import ParallelContext
+from cupytron.config import load_config
+from cupytron.nn import Attention, Block
+from cupytron.parallel import plan
+from cupytron.parallel.buffer import Bucket
+from cupytron.parallel.tensor import RowLinear
+
+FOUND = {}  # one-process runs, shared by the cases below
+
+CASES = [
+    {"tp": 2},
+    {"tp": 2, "sp": True},
+    {"tp": 4, "sp": True, "sp_keep_gathered": "true"},
+    {"dp": 2},
+    {"dp": 4, "zero": 1},
+    {"dp": 2, "zero": 2},
+    {"dp": 4, "zero": 3},
+    {"tp": 2, "dp": 2, "zero": 1},
+    {"tp": 2, "dp": 2, "zero": 2, "sp": True},
+    {"tp": 2, "dp": 2, "zero": 3, "sp": True},
+    {"tp": 4, "dp": 2, "zero": 3},
+]
+
+
+@pytest.mark.parametrize("vocab", [64, 65])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "mesh", CASES, ids=lambda mesh: " ".join(f"{k}={v}" for k, v in mesh.items())
+)
+def test_a_mesh_gives_the_numbers_of_one_process(mesh, family, vocab):
+    report = check(
+        config(f"model.family={family}", f"model.vocab_size={vocab}", **mesh), found=FOUND
+    )
+    assert report.ok and report.largest < 1e-10, report.differences[0]
+    assert report.gradient_error < 1e-6
+
+
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("dp", [2, 4])
+def test_deterministic_replicas_give_the_bits_of_one_process(dp, zero):
+    """float32, tied table, dropout; a global batch that is no power of two."""
+    case = ["train.dtype=float32", "train.deterministic=true", "train.global_batch=24"]
+    report = check(config(*case, dp=dp, zero=zero), steps=3, found=FOUND)
+    assert report.tolerance == 0 and report.ok and report.largest == 0, report.differences[0]
+
+
+def test_without_the_tree_the_bits_differ():
+    """Otherwise the test above would prove nothing."""
+    case = ["train.dtype=float32", "train.global_batch=24"]
+    assert check(config(*case, dp=2), steps=3, found=FOUND).largest > 0
+
+
+def test_deterministic_training_refuses_three_replicas():
+    with pytest.raises(ValueError, match="choose dp from 1, 2, 4, 8"):
+        config("train.deterministic=true", "train.global_batch=12", dp=3)
+
+
+@st.composite
+def drawn(draw):
+    """A model, a batch and a mesh; nothing in them is round."""
+    tp = draw(st.sampled_from([1, 2, 3, 4]))
+    dp = draw(st.sampled_from([1, 2, 3] if tp < 3 else [1, 2]))
+    kv_heads = tp * draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.integers(1, 3))
+    width = heads * 2 * draw(st.integers(1, 3))
+    sequence = draw(st.integers(1, 7))
+    micro_batch = draw(st.integers(1, 3))
+    sp = draw(st.booleans()) and micro_batch * sequence % tp == 0
+    boolean = st.sampled_from(["true", "false"])
+    values = {
+        "model.family": draw(st.sampled_from(["gpt2", "llama"])),
+        "model.num_layers": draw(st.integers(1, 2)),
+        "model.num_heads": heads,
+        "model.num_kv_heads": kv_heads,
+        "model.d_model": width,
+        "model.d_ff": tp * draw(st.integers(1, 9)),
+        "model.vocab_size": draw(st.integers(2, 23)),
+        "model.position": draw(st.sampled_from(["learned", "rotary", "sinusoidal", "none"])),
+        "model.norm": draw(st.sampled_from(["layer", "rms"])),
+        "model.activation": draw(st.sampled_from(["gelu", "gelu_exact", "relu", "swiglu"])),
+        "model.bias": draw(boolean),
+        "model.tied": draw(boolean),
+        "model.dropout": draw(st.sampled_from([0.0, 0.2])),
+        "model.recompute": draw(st.sampled_from(["none", "block"])),
+        "train.sequence_length": sequence,
+        "train.micro_batch": micro_batch,
+        "train.global_batch": micro_batch * dp * draw(st.integers(1, 3)),
+        "train.deterministic": draw(boolean) if dp < 3 else "false",
+        "train.seed": draw(st.integers(0, 2**31)),
+        "optim.name": draw(st.sampled_from(["adamw", "sgd"])),
+        "parallel.zero": draw(st.integers(0, 3)),
+        "parallel.sp_keep_gathered": draw(boolean),
+    }
+    return config(*(f"{key}={value}" for key, value in values.items()), tp=tp, dp=dp, sp=sp)
+
+
+@settings(
+    max_examples=int(os.environ.get("CUPYTRON_EXAMPLES", "200")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(drawn())
+def test_any_mesh_gives_the_numbers_of_one_process(case):
+    report = check(case, steps=1)
+    # a kink of relu within reach of the finite differences is no mistake of the gradient's
+    assert report.largest <= report.tolerance, report.differences[0]
+    assert report.replicas_equal and report.groups_right
+    if case.model.activation != "relu":
+        assert report.gradient_error < 1e-5, report.gradient_error
+
+
+# the bugs that other projects have had: verify must see each of them
+
+
+def test_the_residual_dropped_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        Block,
+        "backward",
+        lambda self, dy, stash: self._branch1_backward(self._branch2_backward(dy, stash), stash),
+    )
+    assert not check(config(tp=2)).ok
+
+
+def test_a_row_bias_before_the_reduction_is_seen(monkeypatch):
+    def forward(self, x, stash):
+        stash.push(self, x)
+        return self.region.leave(x @ self.weight.data + self.bias.data)
+
+    monkeypatch.setattr(RowLinear, "forward", forward)
+    assert not check(config(tp=2)).ok
+    assert check(config("model.bias=false", dp=2)).ok
+
+
+def test_a_contiguous_cut_of_qkv_is_seen(monkeypatch):
+    """Columns ordered (q of all heads, k, v) are right in one process, and no share holds whole heads."""
+
+    def split(self, qkv, stash):
+        batch, size = stash.batch.batch_size, self.head_size
+        heads = qkv.reshape(batch, len(qkv) // batch, -1, size)
+        kv = heads.shape[2] // (self.group + 2)
+        q = heads[:, :, : self.group * kv].reshape(*heads.shape[:2], kv, self.group, size)
+        return q, heads[:, :, self.group * kv : -kv], heads[:, :, -kv:]
+
+    monkeypatch.setattr(Attention, "_split", split)
+    assert check(config(dp=2)).ok  # without a cut nothing is wrong
+    assert not check(config(tp=2)).ok
+
+
+def test_complemented_groups_are_seen(monkeypatch):
+    def complement(self, axis):
+        others = [other for other in ("pp", "dp", "tp") if other != axis]
+        key = sum(self.coordinates[other] * 10**i for i, other in enumerate(others))
+        return self.world.split(self.coordinates[axis], key, axis)
+
+    monkeypatch.setattr(ParallelContext, "_along", complement)
+    assert not check(config(tp=2, dp=2)).ok
+    assert not check(config(dp=2)).ok
+
+
+def test_a_norm_gradient_that_is_not_summed_is_seen(monkeypatch):
+    monkeypatch.setattr(Bucket, "ranges", lambda self, chosen, within: [])
+    monkeypatch.setattr(Bucket, "squares", lambda self, chosen: np.ones(self.pieces))
+    assert check(config("optim.clip=0", tp=2)).ok  # the norm above matters to nothing here
+    assert not check(config("optim.clip=0", tp=2, sp=True)).ok
+
+
+def test_a_loss_scaled_by_each_rank_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        trainer_module,
+        "count_targets",
+        lambda dp, targets: dp.size * int((targets != -1).sum()),
+    )
+    assert check(config(tp=2)).ok
+    assert not check(config(dp=2)).ok
+
+
+# what does not fit is refused
+
+
+def parallelize(model, context, **patterns):
+    plan.parallelize(model, context, **patterns)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (
+            {"column": ["*.gate"]},
+            r"column pattern '\*.gate' matches no Linear layer; there are: blocks.0",
+        ),
+        ({"row": ["head"]}, "row pattern 'head' matches no Linear layer"),
+        (
+            {"vocabulary": ["*.up"]},
+            "matches no Embedding or Head layer; there are: embedding, head",
+        ),
+        ({"column": ["*.up"]}, "blocks.0.mlp: up and down belong together"),
+        ({"row": ["*.out"]}, "blocks.0.attention: qkv and out belong together"),
+        ({"column": ["*.up"], "row": ["*.up"]}, "matched by column and by row"),
+        ({"vocabulary": ["head"]}, "embedding and head share a table"),
+        ({"sequence_parallel": True, "vocabulary": ["embedding", "head"]}, "needs whole sequences"),
+        (
+            {"sequence_parallel": True, "column": ["*.qkv"], "row": ["*.out"]},
+            "embedding: sequence parallelism needs it cut",
+        ),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
+    from conftest import small_config
+
+    from cupytron.comm import run_ranks
+    from cupytron.model import Transformer
+
+    def body(world):
+        parallelize(Transformer(small_config()), ParallelContext(tp=2, world=world), **patterns)
+
+    with pytest.raises(ValueError, match=words):
+        run_ranks(2, body)
+    with pytest.raises(ValueError, match=words):  # one rank hears of it too
+        parallelize(Transformer(small_config()), ParallelContext(), **patterns)
+
+
+def test_heads_that_tp_does_not_divide_are_refused_with_the_list():
+    with pytest.raises(
+        ValueError, match=r"does not divide model\.num_kv_heads=2; choose tp from 1, 2"
+    ):
+        config("model.num_kv_heads=2", tp=4)
+    with pytest.raises(ValueError, match=r"mlp.down: input width=10 .* choose tp from 1, 2, 5, 10"):
+        on_mesh(config("model.d_ff=10", tp=4), lambda trainer, context: None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh", "words"),
+    [
+        (
+            8,
+            ["parallel.tp=3"],
+            "does not fit 8 ranks; choose from tp=1 dp=8, tp=2 dp=4, tp=4 dp=2, tp=8",
+        ),
+        (2, ["parallel.dp=4"], r"tp=1 x dp=4 does not fit 2 ranks.*mpirun -n 4"),
+        (1, ["parallel.tp=2"], r"does not fit 1 rank;.*mpirun -n 2"),
+        (
+            2,
+            [],
+            "train.global_batch=12: is not a multiple of train.micro_batch=12 times dp=2; choose 24",
+        ),
+        (3, ["train.deterministic=true", "train.global_batch=36"], "choose dp from 1, 2, 4"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused_before_any_work(ranks, mesh, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(overrides=mesh, ranks=ranks)
