@@ -12,18 +12,25 @@ from cupytron.cli.options import Settings, prepare_process, settings_options
 @click.option("--json", "as_json", is_flag=True, help="Print an object.")
 @settings_options
 def command(settings: Settings, steps: int, as_json: bool) -> None:
-    """Measure a configuration on random tokens: forward, backward, clipping and optimizer."""
-    config = settings.load()
+    """Measure a configuration on random tokens: forward, backward, clipping and optimizer.
+
+    Under mpirun all ranks form the mesh that the settings say.
+    """
+    config = settings.load(mesh=True)
     environment = prepare_process(config)
 
     from cupytron.bench import measure
+    from cupytron.comm import open_world
 
     vocab_size = None
     if config.data.path and config.model.vocab_size is None:
         from cupytron.data import open_dataset
 
         vocab_size = open_dataset(config.data.path).vocab_size
-    result = measure(config, steps, environment, vocab_size)
+    world = open_world()
+    result = measure(config, steps, environment, vocab_size, world)
+    if world.rank:
+        return
     if as_json:
         click.echo(json.dumps(result))
         return
