@@ -1,7 +1,11 @@
-"""What a launcher's environment variables say of this process, before and without MPI."""
+"""What a launcher's environment variables say of this process, and the begin of MPI under one."""
 
 import os
 import re
+import warnings
+from typing import Any
+
+from cupytron.errors import CupytronError
 
 
 # Open MPI, MPICH and its relatives, then srun. The first that is there counts: mpirun inside a Slurm job
@@ -40,3 +44,40 @@ def _said(*names: str) -> int | None:
     """The number in the first of these environment variables that holds one."""
     values = (os.environ.get(name, "") for name in names)
     return next((int(value) for value in values if value.isdecimal()), None)
+
+
+def begin_mpi() -> Any:
+    """Import mpi4py's MPI, and begin with it where it is not begun; returns the module.
+
+    Raises:
+        CupytronError: MPI cannot be loaded, or is not the launcher's: N silent worlds of one process
+            would be N runs that write the same files.
+    """
+    tasks = launched_tasks()
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True  # it is looked at first
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise CupytronError(
+            f"a launcher started {tasks} processes, and MPI cannot be loaded: {reason}; install the "
+            "launcher's MPI library, or name it in MPI4PY_LIBMPI"
+        ) from error
+    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip()
+    ours = "Open MPI" in library
+    # its launchers leave marks; on anybody else's, beginning with MPI may end the process
+    belongs = ours if "OMPI_COMM_WORLD_SIZE" in os.environ else not ours or not _said("PMI_SIZE")
+    if belongs and not MPI.Is_initialized():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            MPI.Init_thread()
+    known = MPI.COMM_WORLD.size if MPI.Is_initialized() else 1
+    if known != tasks:
+        raise CupytronError(
+            f"a launcher started {tasks} processes, and MPI knows {known}: mpi4py has loaded "
+            f"{library}, which this launcher does not belong to; start with that library's own "
+            "mpirun, or name the launcher's library in MPI4PY_LIBMPI"
+        )
+    return MPI
