@@ -11,6 +11,8 @@ import traceback
 
 import click
 
+from cupytron.launcher import launched_tasks
+
 # name: (module in cupytron.cli, the line that --help shows)
 COMMANDS = {
     "train": ("train", "Train a model, or resume a run."),
@@ -35,7 +37,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"cupytron.cli.{COMMANDS[cmd_name][0]}")
-        return module.command
+        return _with_debug(module.command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # the stock version imports every command for its help line
@@ -43,74 +45,137 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
+def _note_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(set).add("debug")
+
+
+def _debug_option(hidden: bool) -> click.Option:
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,  # before an option is found wrong
+        expose_value=False,
+        hidden=hidden,
+        callback=_note_debug,
+        help="Show the traceback of an error.",
+    )
+
+
+def _with_debug(command: click.Command) -> click.Command:
+    """Let a command and those below it take --debug, too."""
+    if not any("--debug" in option.opts for option in command.params):
+        command.params.append(_debug_option(hidden=True))
+    for below in getattr(command, "commands", {}).values():
+        _with_debug(below)
+    return command
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cupytron", message="cupytron %(version)s")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+def cli() -> None:
     """Train small language models with hand-written layers, and the same numbers on any mesh."""
 
 
+cli.params.append(_debug_option(hidden=False))
+
+
 def run(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted.
+
+    Where a launcher started several processes, whatever ends the command in one of them early ends all.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if launched_tasks() > 1:
+        sys.exit(_run_rank(arguments))
     sys.exit(_run(arguments))
 
 
-def _run(arguments: list[str]) -> int:
+def _call(arguments: list[str], noted: set[str]) -> int:
+    """Run a command; `noted` then says whether --debug was given."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal that cannot show a character must not end a training run
             stream.reconfigure(errors="replace")
-    debug = "--debug" in arguments
-    # --debug is accepted anywhere
-    arguments = (["--debug"] if debug else []) + [a for a in arguments if a != "--debug"]
+    result = cli.main(arguments, prog_name="cupytron", standalone_mode=False, obj=noted)
+    return result if isinstance(result, int) else 0
+
+
+def _run(arguments: list[str]) -> int:
+    noted: set[str] = set()
     try:
-        result = cli.main(arguments, prog_name="cupytron", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        return _call(arguments, noted)
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except click.Abort:
-        return _fail("stopped", 130, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, debug)
-    except click.ClickException as error:
-        if debug:
-            traceback.print_exc()
-        error.show()
-        return error.exit_code
     except BrokenPipeError:
         # the reader of our output left (`cupytron sample ... | head`): nothing to say, nobody to say it to
         sys.stderr.close()
         return 1
-    except (ValueError, OSError, MemoryError) as error:
+    except (click.ClickException, click.Abort, KeyboardInterrupt, Exception) as error:
         if not _is_for_users(error):
             raise
-        return _fail(_message(error), _exit_code(error), debug)
+        if "debug" in noted:
+            traceback.print_exc()
+        if isinstance(error, click.ClickException):
+            error.show()
+        else:
+            click.echo(f"error: {_message(error)}", err=True)
+        return _exit_code(error)
+
+
+def _run_rank(arguments: list[str]) -> int:
+    noted: set[str] = set()
+    try:
+        return _call(arguments, noted)
+    except BaseException as error:
+        from cupytron.failing import end_job
+
+        show = "debug" in noted or not _is_for_users(error)
+        end_job(error, _message(error), _exit_code(error), show)
 
 
 def _is_for_users(error: BaseException) -> bool:
     from cupytron.data.errors import DataError
     from cupytron.errors import CupytronError
 
-    return isinstance(error, CupytronError | DataError | OSError | MemoryError)
+    return isinstance(
+        error,
+        CupytronError
+        | DataError
+        | OSError
+        | MemoryError
+        | SystemExit
+        | KeyboardInterrupt
+        | click.ClickException
+        | click.Abort
+        | click.exceptions.Exit,
+    )
 
 
 def _exit_code(error: BaseException) -> int:
     from cupytron.errors import ConfigError
 
+    if isinstance(error, click.ClickException | click.exceptions.Exit):
+        return error.exit_code or 1
+    if isinstance(error, SystemExit):
+        # the other ranks go on: this is no success, whatever the code says
+        return error.code if isinstance(error.code, int) and error.code else 1
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return 130
     return 2 if isinstance(error, ConfigError) else 1
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        # click makes an Abort of a KeyboardInterrupt
+        return "interrupted"
+    if isinstance(error, SystemExit | click.exceptions.Exit):
+        code = error.code if isinstance(error, SystemExit) else error.exit_code
+        return f"left the command early, by exit({code!r})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return f"out of memory: {error or 'no details'}; try a smaller train.micro_batch"
-    return str(error)
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
-    return code
+    return str(error) if _is_for_users(error) else f"{type(error).__name__}: {error}"

@@ -5,16 +5,18 @@ when a process dies, not when it is stuck in the end of MPI behind the others.
 """
 
 import contextlib
-import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
-from cupytron.launcher import launched_rank
+from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
 
-PATIENCE = 5.0  # seconds that MPI has to end the job, before this process at least ends
+PATIENCE = 5  # seconds that MPI has to end the job, before this process at least ends
+_HEARD = 0.3  # seconds for the launcher to pass on what was said: it drops what comes with the end
 _FIRST = 0.7  # seconds that rank 0 has to be the one that speaks, if all ranks fail alike
 
 
@@ -23,12 +25,18 @@ def abort(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        with contextlib.suppress(Exception), open(os.devnull, "w") as nowhere:
-            # another thread may be inside MPI with a lock that Abort wants: not for ever
-            faulthandler.dump_traceback_later(PATIENCE, exit=True, file=nowhere)
-            mpi.COMM_WORLD.Abort(code)
+    if launched_tasks() > 1:
+        time.sleep(_HEARD)
+        # another thread may be inside MPI with a lock that Abort wants, or the others may never begin
+        # with MPI; a process that a signal has ended is seen by every launcher
+        with contextlib.suppress(AttributeError):
+            signal.alarm(PATIENCE)
+        with contextlib.suppress(BaseException):
+            # a launcher does not end the others for one that leaves before it has begun with MPI, and
+            # they would wait for it there
+            mpi = begin_mpi()
+            if not mpi.Is_finalized():
+                mpi.COMM_WORLD.Abort(code)
     os._exit(code)
 
 
@@ -44,7 +52,7 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         if rank := launched_rank():
             # all ranks may have met the same error: the first ends the job, and is the only one that speaks
             time.sleep(_FIRST + min(1.0, 0.1 * rank))
-    notes = "; ".join(getattr(error, "__notes__", []))
+    notes = "; ".join(dict.fromkeys(_notes(error)))
     text = f"error: rank {launched_rank()}: {message}" + (f" ({notes})" if notes else "") + "\n"
     if show_traceback:
         text = "".join(traceback.format_exception(error)) + text
@@ -52,3 +60,10 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         # one write: launchers mix the lines of ranks
         sys.stderr.write(text)
     abort(code)
+
+
+def _notes(error: BaseException | None) -> Iterator[str]:
+    """What was noted on an error and on those that it came from."""
+    while error is not None:
+        yield from getattr(error, "__notes__", [])
+        error = error.__cause__ or error.__context__
