@@ -69,10 +69,14 @@ def cupytron() -> str:
 STARTED: list[subprocess.Popen] = []  # conftest ends what a failed test leaves running
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start a command with its output collected."""
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ}
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment or {**os.environ},
     )
     STARTED.append(process)
     return process

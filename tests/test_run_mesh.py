@@ -1,0 +1,261 @@
+"""Whole runs on meshes: same digests, any mesh goes on from any other's checkpoint, stopping, launchers.
+
+CUPYTRON_MESHES=all runs every number of replicas with every ZeRO stage.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+import runs
+from launchers import NAMES, launch
+from runs import ENVIRONMENT, TINY, command, cupytron, make_data, start
+
+from cupytron.checkpoint import Checkpoint
+from cupytron.comm import ParallelContext, run_ranks
+from cupytron.config import load_config
+from cupytron.run import train
+from cupytron.run_folder import RunFolder
+from cupytron.trained import load
+
+ALL = os.environ.get("CUPYTRON_MESHES") == "all"
+# a schedule that does not follow a shorter max_steps
+SCHEDULE = "optim.decay_steps=12"
+FLOAT64 = [
+    SCHEDULE,
+    "train.dtype=float64",
+    "train.micro_batch=1",
+    "model.num_heads=4",
+    "model.d_model=16",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def run_mesh(data, out, *settings, tp=1, dp=1, zero=0, sp=False, **options):
+    """Train on threads; the outcome of every rank."""
+    mesh = {"tp": tp, "dp": dp, "zero": zero, "sp": str(sp).lower()}
+    overrides = [*TINY, f'data.path="{data}"', *(f"parallel.{k}={v}" for k, v in mesh.items())]
+    config = load_config(overrides=[*overrides, *settings], ranks=tp * dp)
+
+    def body(world):
+        return train(config, out, dict(ENVIRONMENT), quiet=True, world=world, **options)
+
+    return run_ranks(tp * dp, body)
+
+
+def digest(out, step=None):
+    folder = RunFolder(out)
+    return Checkpoint(folder.place(step or folder.steps()[-1])).digest()
+
+
+def meshes():
+    both = [(dp, zero) for dp in (1, 2, 4, 8) for zero in range(4)]
+    return both if ALL else [(2, 0), (8, 1), (4, 2), (8, 3)]
+
+
+def test_deterministic_runs_have_one_digest(tmp_path, data):
+    """20 steps, with evaluation, at several numbers of replicas and every ZeRO stage."""
+    settings = ["train.deterministic=true", "train.micro_batch=1", "train.max_steps=20"]
+    run_mesh(data, tmp_path / "one", *settings)
+    want = digest(tmp_path / "one")
+    losses = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()
+    for dp, zero in meshes():
+        out = tmp_path / f"{dp}-{zero}"
+        run_mesh(data, out, *settings, dp=dp, zero=zero)
+        assert digest(out) == want, f"dp={dp} zero={zero}"
+        timeless = ("step", "loss", "grad_norm", "val_loss", "lr")
+        for mine, one in zip((out / "metrics.jsonl").read_text().splitlines(), losses, strict=True):
+            for key in timeless:
+                assert json.loads(mine).get(key) == json.loads(one).get(key), (dp, zero, key)
+
+
+def errors(a, b):
+    """Largest error of each logical tensor of two checkpoints, relative as verify's."""
+    b = dict(b.tensors())
+    return {n: abs(x - b[n]).max() / max(abs(b[n]).max(), 1e-12) for n, x in a.tensors()}
+
+
+ANY_MESH = [{"tp": 1, "dp": 1}, {"tp": 2, "dp": 4, "zero": 3}, {"dp": 8}]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, data):
+    """A run saved on tp=4 dp=2 zero=2 at step 4, and one that was never interrupted."""
+    place = tmp_path_factory.mktemp("saved")
+    run_mesh(data, place / "half", *FLOAT64, "train.max_steps=4", tp=4, dp=2, zero=2, sp=True)
+    run_mesh(data, place / "whole", *FLOAT64, "train.max_steps=12", tp=4, dp=2, zero=2, sp=True)
+    return place
+
+
+@pytest.mark.parametrize("mesh", ANY_MESH, ids=str)
+def test_a_run_goes_on_on_any_other_mesh(tmp_path, data, saved, mesh):
+    out = tmp_path / "run"
+    shutil.copytree(saved / "half", out)
+    assert len(list(RunFolder(out).place(4).glob("rank-*"))) == 8  # each rank wrote its own
+    before = digest(out)
+    # what the other mesh reads and writes again are the same logical tensors
+    config = [*FLOAT64, "checkpoint.keep=9"]
+    resaved = tmp_path / "resaved"
+    shutil.copytree(out, resaved)
+    resave(data, resaved, *config, **mesh)
+    assert digest(resaved, 4) == before
+    run_mesh(data, out, *config, "train.max_steps=12", **mesh)
+    found = errors(
+        Checkpoint(RunFolder(out).place(12)), Checkpoint(RunFolder(saved / "whole").place(12))
+    )
+    assert max(found.values()) < 1e-10, max(found.items(), key=lambda item: item[1])
+
+
+def resave(data, out, *settings, tp=1, dp=1, zero=0):
+    """Read the newest checkpoint on a mesh and write it again, from there."""
+    from cupytron import checkpoint
+    from cupytron.trainer import Trainer
+
+    overrides = [
+        *TINY,
+        *settings,
+        f"parallel.tp={tp}",
+        f"parallel.dp={dp}",
+        f"parallel.zero={zero}",
+    ]
+    config = load_config(overrides=overrides, ranks=tp * dp)
+    place = RunFolder(out).place(4)
+    about = dict(Checkpoint(place).about)
+    for key in ("format", "pieces", "files"):
+        about.pop(key)
+
+    def body(world):
+        found = Checkpoint(place)
+        vocab = found.about["model"]["vocab_size"]
+        trainer = Trainer(config, vocab, ParallelContext(tp=tp, dp=dp, world=world))
+        trainer.materialize(initial=False)
+        trainer.load(found)
+        world.barrier()
+        checkpoint.write(place, trainer.pieces(), about, world)
+
+    run_ranks(tp * dp, body)
+
+
+def test_replicas_and_stage_may_change_and_not_a_bit_does(tmp_path, data):
+    settings = [SCHEDULE, "train.deterministic=true", "train.micro_batch=1"]
+    run_mesh(data, tmp_path / "one", *settings)
+    out = tmp_path / "moved"
+    run_mesh(data, out, *settings, "train.max_steps=4", dp=8, zero=3)
+    run_mesh(data, out, *settings, "train.max_steps=8", dp=2, zero=1)
+    run_mesh(data, out, *settings, dp=4, zero=0)
+    assert digest(out, 12) == digest(tmp_path / "one", 12)
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 4}, {"dp": 2}, {"tp": 2, "dp": 2}])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_trained_model_runs_on_any_mesh(data, saved, mesh, zero):
+    """The same text and the same loss; under stage 3 too."""
+    one = load(saved / "whole", "last")
+    options = {"max_new_tokens": 25, "top_k": 9, "top_p": 0.9, "temperature": 1.3}
+    want = one.generate("the 1", **options)
+    loss = one.evaluate()["val_loss"]
+
+    def body(world):
+        context = ParallelContext(**mesh, world=world)
+        model = load(saved / "whole", "last", context=context, zero=zero)
+        return model.generate("the 1", **options), model.evaluate()
+
+    for text, result in run_ranks(mesh.get("tp", 1) * mesh.get("dp", 1), body):
+        assert text == want
+        assert result["val_loss"] == pytest.approx(loss, rel=1e-12)
+        assert result["tokens"] == one.evaluate()["tokens"]
+
+
+def test_an_evaluation_shared_unevenly_is_exact(data, saved):
+    """Three replicas and a number of batches that three does not divide."""
+    one = load(saved / "whole", "last").evaluate()
+
+    def body(world):
+        context = ParallelContext(dp=3, world=world)
+        return load(saved / "whole", "last", context=context).evaluate()
+
+    for result in run_ranks(3, body):
+        assert result["val_loss"] == one["val_loss"]  # bit for bit: the sum is rounded once
+
+
+# real launchers
+
+
+def launched(name, ranks, arguments, **options):
+    """A finished job of several processes."""
+    argv, environment = launch(name, ranks, [str(a) for a in arguments])
+    return subprocess.run(
+        argv, env=environment, capture_output=True, text=True, timeout=100, **options
+    )
+
+
+each_launcher = pytest.mark.parametrize("name", NAMES)
+
+
+@each_launcher
+def test_a_run_under_a_launcher(tmp_path, data, name):
+    """Two processes train; one goes on; the digest is that of one process alone."""
+    settings = [SCHEDULE, "train.deterministic=true"]
+    run_mesh(data, tmp_path / "one", *settings)
+    out = tmp_path / "run"
+    done = launched(name, 2, command(data, out, *settings, "train.max_steps=8", "parallel.zero=1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks: tp=1 x dp=2, ZeRO 1" in done.stdout
+    assert done.stdout.count("done: 8 steps") == 1
+    assert ("Open MPI Ctrl-C" in done.stdout) == (name == "openmpi")
+    alone = runs.start(command(data, out, *settings, "parallel.zero=1"))
+    assert alone.communicate(timeout=100)[0] and alone.returncode == 0
+    assert digest(out) == digest(tmp_path / "one")
+
+
+@each_launcher
+def test_verify_and_sample_under_a_launcher(tmp_path, data, saved, name):
+    sweep = tmp_path / "cases"
+    sweep.write_text("--tp 2 --sp\n--dp 2 --zero 3 --set model.family=llama  # comment\n\n--tp 2\n")
+    done = launched(name, 2, [cupytron(), "verify", "--sweep", sweep])
+    assert done.returncode == 0 and "3 of 3 cases hold" in done.stdout, done.stdout + done.stderr
+    words = ["sample", saved / "whole", "--prompt", "the", "--max-new-tokens", "20"]
+    alone = subprocess.run(
+        [cupytron(), *map(str, words)], capture_output=True, text=True, timeout=60
+    )
+    assert launched(name, 2, [cupytron(), *words]).stdout == alone.stdout != ""
+
+
+@each_launcher
+def test_usr1_stops_all_ranks_at_one_step_with_one_checkpoint(tmp_path, data, name):
+    """The signal goes to the process that the line at start names."""
+    out = tmp_path / "run"
+    long = ["train.max_steps=100000", "checkpoint.interval=0", "train.eval_interval=0"]
+    argv, environment = launch(name, 2, command(data, out, *long))
+    job = start(argv, environment)
+    named = None
+    for line in job.stdout:
+        if "kill -USR1 " in line:
+            named = int(line.split("kill -USR1 ")[1].split()[0].strip(";"))
+        if line.startswith("step ") and " 3/" in line:
+            break
+    os.kill(named, signal.SIGUSR1)
+    rest = job.communicate(timeout=60)[0]
+    assert "stopped by SIGUSR1" in rest, rest
+    assert job.returncode == 75, rest
+    assert len(RunFolder(out).steps()) == 1
+    Checkpoint(RunFolder(out).place(RunFolder(out).steps()[0])).verify()
+
+
+def test_ctrl_c_stops_all_ranks_where_the_launcher_forwards_it(tmp_path, data):
+    out = tmp_path / "run"
+    argv, environment = launch("mpich", 2, command(data, out, "train.max_steps=100000"))
+    job = start(argv, environment)
+    for line in job.stdout:
+        if line.startswith("step ") and " 3/" in line:
+            break
+    job.send_signal(signal.SIGINT)
+    rest = job.communicate(timeout=60)[0]
+    assert "stopped by SIGINT" in rest and job.returncode == 130, rest
