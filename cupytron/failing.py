@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
 
@@ -27,16 +27,8 @@ def abort(code: int) -> NoReturn:
             stream.flush()
     if launched_tasks() > 1:
         time.sleep(_HEARD)
-        # another thread may be inside MPI with a lock that Abort wants, or the others may never begin
-        # with MPI; a process that a signal has ended is seen by every launcher
-        with contextlib.suppress(AttributeError):
-            signal.alarm(PATIENCE)
         with contextlib.suppress(BaseException):
-            # a launcher does not end the others for one that leaves before it has begun with MPI, and
-            # they would wait for it there
-            mpi = begin_mpi()
-            if not mpi.Is_finalized():
-                mpi.COMM_WORLD.Abort(code)
+            _join_mpi().COMM_WORLD.Abort(code)
     os._exit(code)
 
 
@@ -48,18 +40,31 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         message, code: what is said, and the job's exit code.
         show_traceback: print the error's traceback, too.
     """
-    with contextlib.suppress(KeyboardInterrupt):
-        if rank := launched_rank():
-            # all ranks may have met the same error: the first ends the job, and is the only one that speaks
-            time.sleep(_FIRST + min(1.0, 0.1 * rank))
+    if rank := launched_rank():
+        # all ranks may have met the same error: the first ends the job, and is the only one that speaks;
+        # it can do so only once all have begun with MPI
+        with contextlib.suppress(BaseException):
+            _join_mpi()
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_FIRST + min(3.0, 0.4 * rank))
     notes = "; ".join(dict.fromkeys(_notes(error)))
-    text = f"error: rank {launched_rank()}: {message}" + (f" ({notes})" if notes else "") + "\n"
+    text = f"error: rank {rank}: {message}" + (f" ({notes})" if notes else "") + "\n"
     if show_traceback:
         text = "".join(traceback.format_exception(error)) + text
     with contextlib.suppress(Exception):
         # one write: launchers mix the lines of ranks
         sys.stderr.write(text)
     abort(code)
+
+
+def _join_mpi() -> Any:
+    """Begin with MPI, if it is not begun: for one that leaves before, a launcher does not end the others,
+    which wait for it there."""
+    with contextlib.suppress(AttributeError):
+        # they may never begin with MPI, or another thread may be inside it with a lock that Abort wants;
+        # every launcher sees a process that a signal has ended
+        signal.alarm(PATIENCE)
+    return begin_mpi()
 
 
 def _notes(error: BaseException | None) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Watchdog:
             late = self._ticks * tick - self.timeout
             waits_for = self._describe()
             # the one that waits for nobody is the one to hear; failing that, the first of the others
-            patience = min(4.0, _LATER + 0.25 * self.rank) if waits_for else 0.0
+            patience = min(4.0, _LATER + 0.4 * self.rank) if waits_for else 0.0
             if late >= patience:
                 self._bite(waits_for)
 
