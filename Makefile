@@ -22,7 +22,7 @@ help:
 	  { echo "error: cupytron needs Python 3.11 or later; this is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing cupytron into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpich]'
 	@touch $@
 
 # Beside MPICH, in a tree of its own: in one environment each would find the other's libraries.

@@ -10,8 +10,13 @@ step() {
     "$cupytron" "$@"
 }
 
+step_on_two_ranks() {
+    printf '\n$ %s\n' "mpirun -n 2 cupytron $*"
+    "$BIN/mpirun" -n 2 "$cupytron" "$@"
+}
+
 [ -f "$data/train.json" ] || step data prepare python-docs --out "$data" --tokenizer char --val-fraction 0.1
-step train --preset demo --data "$data" --out "$run"
+step_on_two_ranks train --preset demo --zero 1 --data "$data" --out "$run"
 step sample "$run" --prompt 'The ' --max-new-tokens 300
 step report "$run" --text
 
@@ -20,6 +25,7 @@ cat <<END
 The run is in $run (rm -r $run to train it again). Worth trying next:
 
   $cupytron sample $run --prompt 'import ' --num-samples 3
-  $cupytron train --out $run --max-steps 1600     # goes on where it stopped
+  $cupytron train --out $run --max-steps 1600     # goes on where it stopped, now in one process
+  $cupytron verify --tp 2 --dp 2 --zero 3 --sp    # the same numbers on any mesh?
   $cupytron train --preset demo --set model.family=llama --data $data --out $RUNS/demo-llama
 END
