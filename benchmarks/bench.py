@@ -1,5 +1,7 @@
 """One training step of cupytron and of PyTorch, in turn on this machine: time and peak memory.
 
+cupytron runs in one process, and on meshes of ranks that have a thread each (memory: the largest rank's).
+
     python benchmarks/bench.py [A B C] [--rounds 3] [--threads 2] [--torch-python PATH] [--out FILE]
 
 Each contender of each round is a fresh process, one at a time; the rounds are interleaved, so that
@@ -29,6 +31,13 @@ from table import print_tables
 
 Json = dict[str, Any]
 
+# 2 ranks have a core each; 4 and 8 share them, which shows what waiting costs
+MESHES = {
+    "cupytron_dp2": {"tp": 1, "dp": 2, "zero": 1},
+    "cupytron_tp2": {"tp": 2, "dp": 1, "zero": 0},
+    "cupytron_dp4": {"tp": 1, "dp": 4, "zero": 1},
+    "cupytron_tp2_dp4": {"tp": 2, "dp": 4, "zero": 1},
+}
 HERE = Path(__file__).parent
 # MKL asks this function of its own whether the processor is Intel's before it uses AVX-512 kernels
 SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
@@ -42,21 +51,26 @@ class Contender:
         key: Its name in the JSON.
         command: What to start; `{setting}`, `{steps}` and `{threads}` are filled in.
         environment: Variables to add.
+        mesh: cupytron's ranks: {"tp": ..., "dp": ..., "zero": ...}; each has one thread.
     """
 
     key: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    mesh: dict[str, int] | None = None
 
     def arguments(self, setting: str, steps: int, threads: int) -> list[str]:
-        if self.key == "cupytron":
-            sets = [word for value in overrides(setting, threads) for word in ("--set", value)]
+        if self.key.startswith("cupytron"):
+            values = overrides(setting, 1 if self.mesh else threads, self.mesh)
+            sets = [word for value in values for word in ("--set", value)]
             return [*self.command, "bench", "--json", "--steps", str(steps), *sets]
         return [*self.command, setting, "--steps", str(steps), "--threads", str(threads)]
 
     def shown(self, setting: str, steps: int, threads: int) -> str:
         """The command for the record, without this machine's paths."""
-        name = "cupytron" if self.key == "cupytron" else "python benchmarks/torch_step.py"
+        name = "cupytron" if self.key.startswith("cupytron") else "python benchmarks/torch_step.py"
+        if self.mesh:
+            name = f"mpirun -n {self.mesh['tp'] * self.mesh['dp']} {name}"
         words = self.arguments(setting, steps, threads)[len(self.command) :]
         flags = ["--compile"] if "--compile" in self.command else []
         preload = ["LD_PRELOAD=mkl_avx512.so"] if self.environment else []
@@ -104,8 +118,16 @@ def contenders(torch_python: str | None, shim: Path | None) -> list[Contender]:
             preload = {"LD_PRELOAD": str(shim)}
             found.append(Contender("torch_eager_avx512", eager, preload))
             found.append(Contender("torch_compiled_avx512", compiled, preload))
-    code = "from cupytron.cli.main import run; run()"
-    return [*found, Contender("cupytron", [sys.executable, "-c", code])]
+    command = [sys.executable, "-c", "from cupytron.cli.main import run; run()"]
+    found.append(Contender("cupytron", command))
+    mpirun = Path(sys.executable).with_name("mpirun")
+    if not mpirun.exists():
+        print("no mpirun beside this Python: meshes are not measured (pip install mpich)")
+        return found
+    for key, mesh in MESHES.items():
+        launcher = [str(mpirun), "-n", str(mesh["tp"] * mesh["dp"])]
+        found.append(Contender(key, [*launcher, *command], mesh=mesh))
+    return found
 
 
 def run_child(contender: Contender, setting: str, steps: int, threads: int) -> Json:
@@ -170,6 +192,18 @@ def ratios(summary: dict[str, Json]) -> Json:
             "speed": time / ours["ms_per_step"],
             "memory": ours["peak_memory_bytes"] / memory,
         }
+        two = summary.get("cupytron_dp2", {})
+        if "ms_per_step" in two:
+            found[f"{name}_2_ranks"] = {
+                "speed": time / two["ms_per_step"],
+                "memory": two["peak_memory_bytes"] / memory,
+            }
+    for key in MESHES:
+        if "ms_per_step" in summary.get(key, {}) and "ms_per_step" in ours:
+            found[f"{key}_to_one_process"] = {
+                "speed": ours["ms_per_step"] / summary[key]["ms_per_step"],
+                "memory": summary[key]["peak_memory_bytes"] / ours["peak_memory_bytes"],
+            }
     return found
 
 

@@ -38,9 +38,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 STEPS = {"A": 100, "B": 10, "C": 12}
 
 
-def overrides(name: str, threads: int) -> list[str]:
-    """The setting as `--set` values of the command line."""
+def overrides(name: str, threads: int, mesh: dict[str, int] | None = None) -> list[str]:
+    """The setting as `--set` values of the command line; the global batch is the same on any mesh."""
     values = {**SETTINGS[name], "parallel.threads": threads}
+    if mesh:
+        batch = values["train.micro_batch"]
+        values |= {f"parallel.{key}": value for key, value in mesh.items()}
+        values |= {"train.global_batch": batch, "train.micro_batch": batch // mesh["dp"]}
     return [f"{key}={str(value).lower()}" for key, value in values.items()]
 
 

@@ -10,12 +10,23 @@ from typing import Any
 
 COLUMNS = {
     "cupytron": "cupytron",
+    "cupytron_dp2": "2 ranks",
+    "cupytron_tp2": "tp=2",
+    "cupytron_dp4": "4 ranks",
+    "cupytron_tp2_dp4": "8 ranks",
     "torch_eager": "eager",
     "torch_compiled": "compiled",
     "torch_eager_avx512": "eager, AVX-512",
     "torch_compiled_avx512": "compiled, AVX-512",
 }
-RATIOS = {"as_installed": "as installed", "avx512": "AVX-512"}
+RATIOS = {
+    "as_installed": "as installed",
+    "avx512": "AVX-512",
+    "as_installed_2_ranks": "2 ranks, as installed",
+    "avx512_2_ranks": "2 ranks, AVX-512",
+    "cupytron_dp2_to_one_process": "2 ranks, one process",
+    "cupytron_tp2_to_one_process": "tp=2, one process",
+}
 
 
 def _time(run: dict[str, Any]) -> str:
