@@ -30,7 +30,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def note(self, step: int, phase: str) -> None:
-        """Say that the rank makes progress, and what it does next."""
+        """Say that the rank makes progress: the last step that is done, and what comes next."""
         self._noted = (step, phase)
         self._ticks = 0
 
@@ -67,7 +67,7 @@ class Watchdog:
         with contextlib.suppress(Exception):
             sys.stderr.write(
                 f"error: rank {self.rank}: no progress for {self.timeout:g} seconds "
-                f"(step {step}, {phase}{waiting}); the stacks of its threads follow\n"
+                f"(after step {step}, {phase}{waiting}); the stacks of its threads follow\n"
             )
             sys.stderr.flush()
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

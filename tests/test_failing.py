@@ -137,7 +137,7 @@ def test_a_rank_that_makes_no_progress_ends_the_job(tmp_path, data, kind, rank, 
     # a stopped process says nothing: then the one that waits for it speaks, and says in what
     speaks = rank if kind == "asleep" else 1 - rank
     waits = "waiting in " if kind == "stopped" else "in the step"
-    job.check(66, f"error: rank {speaks}: no progress for 2 seconds", "step 2", waits)
+    job.check(66, f"error: rank {speaks}: no progress for 2 seconds", "after step 2", waits)
     assert "Current thread" in job.output or "most recent call first" in job.output
 
 
