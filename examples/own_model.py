@@ -1,0 +1,65 @@
+"""A model that is not the library's Transformer: each token sees a fading memory of those before it."""
+
+import numpy as np
+
+from cupytron import ops
+from cupytron.layer import Layer, Parameter, normal
+from cupytron.nn import Embedding, Head, LayerNorm, Linear
+
+TEXT = "she sells sea shells by the sea shore; the shells she sells are sea shells for sure. " * 9
+LETTERS = sorted(set(TEXT))
+IDS = np.array([LETTERS.index(letter) for letter in TEXT])
+SEQUENCES, LENGTH = 8, 32
+TARGETS = SEQUENCES * LENGTH  # of a step: the loss is their mean, wherever they are
+
+
+def batch(step):
+    """Token ids and the ids that follow them, both (SEQUENCES, LENGTH): the same on every rank."""
+    starts = np.random.default_rng(step).integers(0, len(IDS) - LENGTH, (SEQUENCES, 1))
+    at = starts + np.arange(LENGTH)
+    return IDS[at], IDS[at + 1]
+
+
+class Memory(Layer):
+    """m[t] = x[t] + m[t - 1] / 2 in each sequence. Shapes: x, m (T, D), T = B * S tokens."""
+
+    def forward(self, x, stash):
+        m = x.reshape(stash.batch.batch_size, -1, x.shape[1]).copy()
+        for t in range(1, m.shape[1]):
+            m[:, t] += m[:, t - 1] / 2
+        return m.reshape(x.shape)
+
+    def backward(self, dm, stash):  # the same sum, from the last token to the first
+        dx = dm.reshape(stash.batch.batch_size, -1, dm.shape[1]).copy()
+        for t in reversed(range(dx.shape[1] - 1)):
+            dx[:, t] += dx[:, t + 1] / 2
+        return dx.reshape(dm.shape)
+
+
+class OwnModel(Layer):
+    """ids (T,) -> embedding -> memory -> up -> relu -> down -> norm -> head -> logits (T, V)."""
+
+    def __init__(self, width=32):
+        self.embedding = Embedding(len(LETTERS), width, std=1.0)
+        self.memory = Memory()
+        self.up = Linear(width, 4 * width, std=0.2)
+        self.down = Linear(4 * width, width, std=0.1)
+        self.norm = LayerNorm(width)
+        self.head = Head(Parameter((len(LETTERS), width), normal(0.1)))
+
+    def forward(self, ids, stash):
+        x = self.memory.forward(self.embedding.forward(ids, stash), stash)
+        y, slope = ops.relu(self.up.forward(x, stash))
+        stash.push(self, slope)  # last in, first out: backward pops it after `down`
+        y = self.down.forward(y, stash)
+        return self.head.forward(self.norm.forward(y, stash), stash)
+
+    def backward(self, dlogits, stash):
+        dy = self.norm.backward(self.head.backward(dlogits, stash), stash)
+        dy = self.down.backward(dy, stash)
+        (slope,) = stash.pop(self)
+        dx = self.up.backward(ops.activation_backward(dy, slope), stash)
+        self.embedding.backward(self.memory.backward(dx, stash), stash)
+
+    def loss(self, logits, targets, scale):
+        return self.head.loss(logits, targets, scale)

@@ -1,0 +1,75 @@
+"""The examples: short, their losses fall, and one process and two have the same ones."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launchers import NAMES, launch
+
+from cupytron import backend
+from cupytron.comm import SelfCommunicator, run_ranks
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = ["tensor_parallel", "data_parallel", "zero"]
+ALONE = {}  # what each prints in one process
+
+
+def output(command, env=os.environ):
+    env = {**env, "OPENBLAS_NUM_THREADS": "1"}  # or the threads of two ranks fight for the cores
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def alone(script):
+    if script not in ALONE:
+        ALONE[script] = output([sys.executable, str(EXAMPLES / f"{script}.py")])
+    return ALONE[script]
+
+
+def losses(text):
+    """All losses printed, to their eight digits."""
+    return re.findall(r"\b\d\.\d{8}\b", text)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_example_is_short_and_its_loss_falls(script):
+    assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) < 40
+    first, *_, last = map(float, losses(alone(script)))
+    assert last < first / 4
+
+
+@pytest.mark.parametrize("launcher", NAMES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_print_the_losses_of_one(script, launcher):
+    command = [sys.executable, str(EXAMPLES / f"{script}.py")]
+    text = output(*launch(launcher, 2, command))
+    assert losses(text) == losses(alone(script))
+    if script == "tensor_parallel":
+        assert "up.weight (32, 128), on each of 2: (32, 64)" in text
+    if script == "data_parallel":
+        assert "2 replicas, and one process has the same bits: True" in text
+    if script == "zero":
+        held = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", text)]
+        whole, *_ = held  # two arrays of the optimizer, gradients, weights: four equal ones
+        assert held == [whole, whole * 3 // 4, whole * 5 // 8, whole // 2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_threads_have_the_losses_of_one_process(script, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    train = importlib.import_module(script).train
+    for stage in [(0,), (1,), (2,), (3,)] if script == "zero" else [()]:
+        with backend.one_blas_thread():
+            one = train(SelfCommunicator(), *stage, steps=20)
+            both = run_ranks(2, lambda world, stage=stage: train(world, *stage, steps=20))
+        for two in both:
+            if script == "data_parallel":
+                assert two == one
+            else:
+                np.testing.assert_allclose(two[0], one[0], rtol=0, atol=1e-12)
