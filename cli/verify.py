@@ -46,7 +46,8 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     from cupytron.comm import open_world
 
     world = open_world()
-    failed, found = 0, {}
+    failed = 0
+    found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
         report = verify.run(config, steps, world, found)
         failed += not report.ok

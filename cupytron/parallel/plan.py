@@ -231,8 +231,8 @@ def _check_sizes(layers: dict[str, Layer], wanted: dict[str, set[str]], tp: int)
             # a shard holds whole groups of queries with their key and value
             _check_divides(f"{name}: num_kv_heads", heads, tp)
     for name in sorted(wanted["column"] | wanted["row"]):
-        layer: Any = layers[name]
-        d_in, d_out = layer.weight.shape
+        linear: Any = layers[name]
+        d_in, d_out = linear.weight.shape
         if name in wanted["column"]:
             _check_divides(f"{name}: output width", d_out, tp)
         else:
