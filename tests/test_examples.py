@@ -1,4 +1,4 @@
-"""The examples: short, their losses fall, and one process and two have the same ones."""
+"""The examples: short, losses that fall, the same in one process and in two; names in coming-from.md."""
 
 import importlib
 import os
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from launchers import NAMES, launch
 
 from cupytron import backend
+from cupytron.cli.main import cli
 from cupytron.comm import SelfCommunicator, run_ranks
+from cupytron.config import RunConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ["tensor_parallel", "data_parallel", "zero"]
@@ -64,12 +67,36 @@ def test_two_processes_print_the_losses_of_one(script, launcher):
 def test_two_threads_have_the_losses_of_one_process(script, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     train = importlib.import_module(script).train
-    for stage in [(0,), (1,), (2,), (3,)] if script == "zero" else [()]:
+    for stage in [(1,), (3,)] if script == "zero" else [()]:
         with backend.one_blas_thread():
-            one = train(SelfCommunicator(), *stage, steps=20)
-            both = run_ranks(2, lambda world, stage=stage: train(world, *stage, steps=20))
+            one = train(SelfCommunicator(), *stage, steps=8)
+            both = run_ranks(2, lambda world, stage=stage: train(world, *stage, steps=8))
         for two in both:
             if script == "data_parallel":
                 assert two == one
             else:
                 np.testing.assert_allclose(two[0], one[0], rtol=0, atol=1e-12)
+
+
+def test_coming_from_names_what_there_is():
+    """Settings, flags and classes in the middle column of its tables."""
+    page = (EXAMPLES.parent / "docs" / "coming-from.md").read_text()
+    ours = [row.split(" | ")[1] for row in page.splitlines() if row.count(" | ") == 2]
+    names = {name for cell in ours for name in re.findall(r"`([^`]+)`", cell)}
+    words = {word for name in names for word in re.findall(r"[\w.-]+", name)}
+    runner, sections = CliRunner(), RunConfig.model_fields
+    commands = [["train"], ["sample"], ["data", "prepare"]]
+    flags = "".join(runner.invoke(cli, [*command, "--help"]).output for command in commands)
+    keys = runner.invoke(cli, ["config", "show", "--keys"]).output
+    code = "\n".join(path.read_text() for path in EXAMPLES.parent.glob("cupytron/**/*.py"))
+    functions = ("model.loss", "optim.apply")
+    assert len(words) > 100
+    for word in sorted(words):
+        if word.startswith("--"):
+            assert re.search(rf"(?<![\w-]){word}(?![\w-])", flags), word
+        elif word.partition(".")[0] in sections and "." in word and word not in functions:
+            assert f"{word} = " in keys, word
+        elif re.fullmatch(r"[A-Z]\w*[a-z]\w*(\.\w+)?", word):
+            name, _, method = word.partition(".")
+            assert re.search(rf"class {name}\b", code), word
+            assert re.search(rf"def {method}\b", code), word
