@@ -45,6 +45,7 @@ def test_an_example_is_short_and_its_loss_falls(script):
     assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) < 40
     first, *_, last = map(float, losses(alone(script)))
     assert last < first / 4
+    assert losses(alone(script))[0] == losses(alone(SCRIPTS[0]))[0]  # from the same weights
 
 
 @pytest.mark.parametrize("launcher", NAMES)
