@@ -72,14 +72,16 @@ class _OneThread:
             if self._users == 0:
                 self._before = [library.get_num_threads() for library in _blas()]
             self._users += 1
-            for library in _blas():
-                library.set_num_threads(1)
+            if max(self._before, default=1) > 1:  # a rank with one core has nothing to do here
+                for library in _blas():
+                    library.set_num_threads(1)
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            for library, count in zip(_blas(), self._before, strict=True):
-                library.set_num_threads(count)
+            if max(self._before, default=1) > 1:
+                for library, count in zip(_blas(), self._before, strict=True):
+                    library.set_num_threads(count)
 
 
 _one_thread = _OneThread()
