@@ -1,17 +1,43 @@
 """cupytron: train small language models with hand-written layers, and the same numbers on any mesh."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cupytron.comm import ParallelContext, open_world, run_ranks
+    from cupytron.optim import SGD, AdamW
+    from cupytron.parallel.pipeline import cut
+    from cupytron.parallel.plan import parallelize
+    from cupytron.parallel.zero import Zero
     from cupytron.trained import load
 
-__all__ = ["load"]
+# imported when used: `cupytron --help` must not import NumPy
+_WHERE = {
+    "AdamW": "optim",
+    "ParallelContext": "comm",
+    "SGD": "optim",
+    "Zero": "parallel.zero",
+    "cut": "parallel.pipeline",
+    "load": "trained",
+    "open_world": "comm",
+    "parallelize": "parallel.plan",
+    "run_ranks": "comm",
+}
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "ParallelContext",
+    "Zero",
+    "cut",
+    "load",
+    "open_world",
+    "parallelize",
+    "run_ranks",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # imported when used: `cupytron --help` must not import NumPy
-    if name == "load":
-        from cupytron.trained import load
-
-        return load
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"cupytron.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'cupytron' has no attribute {name!r}")

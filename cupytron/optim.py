@@ -20,8 +20,8 @@ class AdamW:
 
     STATE: ClassVar = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, config: OptimConfig) -> None:
-        self.config = config
+    def __init__(self, config: OptimConfig | None = None) -> None:
+        self.config = config or OptimConfig()
 
     def update(
         self, w: Any, g: Any, state: tuple[Any, ...], lr: float, step: int, decay: float
@@ -57,8 +57,8 @@ class SGD:
 
     STATE: ClassVar = ("momentum",)
 
-    def __init__(self, config: OptimConfig) -> None:
-        self.config = config
+    def __init__(self, config: OptimConfig | None = None) -> None:
+        self.config = config or OptimConfig()
 
     def update(
         self, w: Any, g: Any, state: tuple[Any, ...], lr: float, step: int, decay: float

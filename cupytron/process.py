@@ -131,6 +131,12 @@ def _threads_asked_for() -> int | None:
     return None
 
 
+def share_cores() -> None:
+    """Give BLAS this rank's part of the node's cores, if nobody has said anything about its threads."""
+    if _threads_asked_for() is None:
+        _limit_blas(_share_of_cores())
+
+
 def _share_of_cores() -> int:
     """This rank's part of the node's cores: what the launcher bound it to, else an equal part."""
     own, ranks = available_cores(), local_ranks()

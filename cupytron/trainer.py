@@ -15,6 +15,7 @@ from cupytron.layer import Parameter
 from cupytron.model import Transformer
 from cupytron.parallel import schedules
 from cupytron.parallel.buffer import share
+from cupytron.parallel.data import count_targets, sum_exactly
 from cupytron.parallel.pipeline import cut, run_schedule
 from cupytron.parallel.plan import build
 from cupytron.parallel.zero import Zero
@@ -97,8 +98,7 @@ class Trainer:
         clip = self.config.optim.clip
         scale = clip / norm if clip and norm > clip else 1.0
         lr = optim.learning_rate(self.config, self.step)
-        optim.apply(self.optimizer, self.zero.buckets, lr, self.step, scale)
-        self.zero.publish()
+        self.zero.update(self.optimizer, lr, self.step, scale)
         self.step += 1
         self.position += self.config.global_batch
         return norm, lr
@@ -121,11 +121,7 @@ class Trainer:
         )
         # the loss is the mean over all targets of the step, wherever they are: they are counted first
         counted = count_targets(dp, targets)
-        self.zero.begin_step(len(work))
-        actions = schedules.gradient_accumulation(len(work))
-        losses = run_schedule(self.model, actions, work, scale=1 / max(1, counted))
-        self.zero.finish_gradients()
-        return sum_exactly(dp, losses)
+        return self.zero.compute_gradients(work, scale=1 / max(1, counted))
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
         """As the function `evaluate`, with this model on this mesh."""
@@ -245,13 +241,3 @@ def _loss(model: Transformer, batch: Any) -> float:
     inputs, targets = batch
     work = cut(inputs, targets, len(inputs), training=False)
     return math.fsum(run_schedule(model, schedules.forward_only(len(work)), work, scale=1.0))
-
-
-def count_targets(dp: Communicator, targets: Any) -> int:
-    """How many targets count, on all replicas together."""
-    return int(dp.all_reduce(np.array([(targets != ops.IGNORE).sum()], np.int64))[0])
-
-
-def sum_exactly(dp: Communicator, losses: list[float]) -> float:
-    """Sum over the replicas, rounded once: the same bits however the terms are spread."""
-    return math.fsum(dp.all_gather(np.array(losses)))

@@ -46,7 +46,6 @@ class OwnModel(Layer):
         self.down = Linear(4 * width, width, std=0.1)
         self.norm = LayerNorm(width)
         self.head = Head(Parameter((len(LETTERS), width), normal(0.1)))
-        self.name_parts()  # initial values and dropout masks follow from a parameter's name
 
     def forward(self, ids, stash):
         x = self.memory.forward(self.embedding.forward(ids, stash), stash)

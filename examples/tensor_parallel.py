@@ -5,9 +5,9 @@ Whole: python examples/tensor_parallel.py; halves: mpirun -n 2 python examples/t
 
 from own_model import TARGETS, OwnModel, batch
 
-from cupytron.comm import ParallelContext, SelfCommunicator, open_world
+from cupytron import ParallelContext, open_world, parallelize
+from cupytron.comm import SelfCommunicator
 from cupytron.layer import MicroBatch, Stash
-from cupytron.parallel.plan import parallelize
 
 
 def train(world, steps=60):
@@ -29,10 +29,10 @@ def train(world, steps=60):
 
 
 if __name__ == "__main__":
-    world = open_world()
-    (losses, shapes), (alone, whole) = train(world), train(SelfCommunicator())
-    error = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
-    if world.rank == 0:
-        print("\n".join(f"step {i:2}  loss {losses[i]:.8f}" for i in (0, 20, 40, 59)))
-        print(f"up.weight {whole['up.weight']}, on each of {world.size}: {shapes['up.weight']}")
-        print(f"one process: the same losses to {error:.0e}")
+    with open_world() as world:  # if one rank fails, all end
+        (losses, shapes), (alone, whole) = train(world), train(SelfCommunicator())
+        error = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
+        if world.rank == 0:
+            print("\n".join(f"step {i:2}  loss {losses[i]:.8f}" for i in (0, 20, 40, 59)))
+            print(f"up.weight {whole['up.weight']}, on each of {world.size}: {shapes['up.weight']}")
+            print(f"one process: the same losses to {error:.0e}")

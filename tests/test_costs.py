@@ -90,7 +90,7 @@ def test_data_parallelism_and_zero_send_what_the_formulas_say(dp, tied):
         u = sum(sizes.values()) * WIDE * (dp - 1) // dp
         counts = 2 * WIDE * (dp - 1) // dp  # the number of targets
         norm = 2 * len(sizes) * dp * WIDE * (dp - 1) // dp if zero else 0
-        losses = MICRO_BATCHES * WIDE * (dp - 1)
+        losses = (MICRO_BATCHES + 1) * WIDE * (dp - 1)  # and how many micro-batches each has
         weights = sent["all_gather"] - losses
         if zero == 0:
             assert sent["all_reduce"] == 2 * u + counts and weights == 0
@@ -114,7 +114,7 @@ def test_deterministic_training_sends_a_micro_batch_at_a_time(zero):
     u = sum(sizes.values()) * WIDE * 3 // 4
     assert sent["all_to_all"] == MICRO_BATCHES * u
     if zero < 3:
-        assert sent["all_gather"] == u + MICRO_BATCHES * WIDE * 3
+        assert sent["all_gather"] == u + (MICRO_BATCHES + 1) * WIDE * 3
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -1,17 +1,23 @@
 """Every mesh gives the numbers of one process: chosen cases, drawn ones, and bugs that must be seen."""
 
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launchers import NAMES, launch
 from meshes import check, config, on_mesh
 
+from cupytron import AdamW, Zero, cut
 from cupytron import trainer as trainer_module
-from cupytron.comm import ParallelContext
+from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config
-from cupytron.nn import Attention, Block
+from cupytron.layer import Layer, Parameter, normal
+from cupytron.nn import MLP, Attention, Block, Embedding, Head
 from cupytron.parallel import plan
 from cupytron.parallel.buffer import Bucket
 from cupytron.parallel.tensor import RowLinear
@@ -219,7 +225,6 @@ def parallelize(model, context, **patterns):
 def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
     from conftest import small_config
 
-    from cupytron.comm import run_ranks
     from cupytron.model import Transformer
 
     def body(world):
@@ -261,3 +266,71 @@ def test_heads_that_tp_does_not_divide_are_refused_with_the_list():
 def test_a_world_that_does_not_fit_is_refused_before_any_work(ranks, mesh, words):
     with pytest.raises(ValueError, match=words):
         load_config(overrides=mesh, ranks=ranks)
+
+
+class OwnModel(Layer):
+    """Not the library's Transformer: names are given by whoever puts it on a mesh."""
+
+    def __init__(self):
+        self.embedding = Embedding(7, 8)
+        self.mlp = MLP(8, 12, "relu", True, 0.5, 0.5)
+        self.head = Head(Parameter((7, 8), normal(0.5)))
+
+    def forward(self, ids, stash):
+        x = self.mlp.forward(self.embedding.forward(ids, stash), stash)
+        return self.head.forward(x, stash)
+
+    def backward(self, dlogits, stash):
+        dx = self.mlp.backward(self.head.backward(dlogits, stash), stash)
+        self.embedding.backward(dx, stash)
+
+    def loss(self, logits, targets, scale):
+        return self.head.loss(logits, targets, scale)
+
+
+PATTERNS = {"column": ["*.up"], "row": ["*.down"], "vocabulary": ["embedding", "head"]}
+
+
+def own_losses(world, tp, stage, micro_batches=4, steps=4):
+    context = ParallelContext(tp=tp, world=world)
+    model, optimizer = OwnModel(), AdamW()
+    plan.parallelize(model, context, **PATTERNS)
+    zero = Zero(model, context, stage)
+    zero.materialize(3, np.float64, optimizer.STATE)
+    losses = []
+    for step in range(steps):
+        tokens = np.random.default_rng(step).integers(0, 7, (2, micro_batches, 5))
+        work = cut(*tokens, 1, step=step)[context.dp.rank :: context.dp.size]
+        losses.append(zero.compute_gradients(work, scale=1 / tokens[0].size))
+        zero.update(optimizer, lr=0.1, step=step)
+    return losses
+
+
+@pytest.mark.parametrize(("ranks", "tp", "stage"), [(1, 1, 3), (2, 2, 0), (4, 2, 2), (4, 1, 3)])
+def test_a_model_of_one_s_own_gives_the_same_losses_on_any_mesh(ranks, tp, stage):
+    want = own_losses(None, 1, 0)
+    for losses in run_ranks(ranks, lambda world: own_losses(world, tp, stage)):
+        np.testing.assert_allclose(losses, want, rtol=1e-12)
+    assert len(set(want)) == len(want)  # it learns
+
+
+def test_replicas_with_unequal_numbers_of_micro_batches_are_told():
+    with pytest.raises(ValueError, match="the replicas have 2, 1 micro-batches; give each as many"):
+        run_ranks(2, lambda world: own_losses(world, 1, 2, micro_batches=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_s_failing_rank_ends_the_others(tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import cupytron, numpy as np\n"
+        "with cupytron.open_world() as world:\n"
+        "    if world.rank == 1:\n"
+        "        raise RuntimeError('broken')\n"
+        "    world.all_reduce(np.ones(1))\n"
+    )
+    argv, environment = launch(name, 2, [sys.executable, str(script)])
+    began = time.monotonic()
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and time.monotonic() - began < 20
+    assert "error: rank 1: RuntimeError: broken" in done.stderr

@@ -27,6 +27,13 @@ class Communicator(Bookkeeping):
     def __init__(self, rank: int, size: int, axis: str = "world") -> None:
         super().__init__(rank, size, axis)
 
+    def __enter__(self) -> "Communicator":
+        """`with open_world() as world:` ends all ranks if one of them fails."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        pass
+
     # collectives
 
     def all_reduce(self, x: Any, async_op: bool = False) -> Any:

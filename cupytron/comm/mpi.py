@@ -8,6 +8,8 @@ import numpy as np
 from mpi4py import MPI
 
 from cupytron.comm.communicator import Communicator
+from cupytron.errors import CupytronError
+from cupytron.failing import end_job
 
 
 class _Request:
@@ -59,6 +61,12 @@ class MPICommunicator(Communicator):
         self._comm = MPI.COMM_WORLD if comm is None else comm
         self._own = comm is not None
         super().__init__(self._comm.rank, self._comm.size, axis)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            known = isinstance(error, CupytronError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            end_job(error, text, 1, show_traceback=not known)
 
     def split(self, color: int, key: int, axis: str) -> Communicator:
         return MPICommunicator(self._comm.Split(color, key), axis)

@@ -6,8 +6,12 @@ m // dp of replica m % dp, so the replicas are the tree's lowest levels, and any
 of two) gives the same bits.
 """
 
+import math
 from typing import Any
 
+import numpy as np
+
+from cupytron import ops
 from cupytron.comm import Communicator, Handle
 
 
@@ -53,3 +57,13 @@ def tree_reduce_scatter(dp: Communicator, flat: Any) -> Handle:
         return parts[0].copy()  # lets go of the others
 
     return Handle(wait)
+
+
+def count_targets(dp: Communicator, targets: Any) -> int:
+    """How many targets count, on all replicas together."""
+    return int(dp.all_reduce(np.array([(targets != ops.IGNORE).sum()], np.int64))[0])
+
+
+def sum_exactly(dp: Communicator, losses: list[float]) -> float:
+    """Sum over the replicas, rounded once: the same bits however the terms are spread."""
+    return math.fsum(dp.all_gather(np.array(losses)))

@@ -39,7 +39,8 @@ def cut(
     Args:
         micro_batch: sequences of each.
         step, seed, training: as MicroBatch's.
-        replica, replicas: number i here is micro-batch i * replicas + replica of the step.
+        replica, replicas: number i here is micro-batch i * replicas + replica of the step. (With all of
+            the step's sequences, cut(...)[dp.rank :: dp.size] is a replica's share.)
     """
     count, seq = inputs.shape
     positions = np.arange(seq)

@@ -62,6 +62,7 @@ def parallelize(
     Raises:
         CupytronError: a pattern matches no such layer, a size that tp does not divide, or half of a pair.
     """
+    model.name_parts()
     layers = dict(model.named_layers())
     wanted = {
         "column": _match(layers, "column", column, (Linear,)),

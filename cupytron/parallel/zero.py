@@ -13,15 +13,19 @@ Reference: Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054.
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from cupytron import optim
 from cupytron.comm import ParallelContext
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Stash, Wrapper
+from cupytron.parallel import schedules
 from cupytron.parallel.buffer import Bucket, make_buckets, share
-from cupytron.parallel.data import TreeSum, tree_reduce_scatter
+from cupytron.parallel.data import TreeSum, sum_exactly, tree_reduce_scatter
+from cupytron.parallel.pipeline import Work, run_schedule
 
 PIECES = 64  # of a deterministic bucket: the most replicas that give the same bits
 _IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
@@ -31,7 +35,8 @@ class Zero:
     """A model's weights, gradients and optimizer state, spread over the replicas.
 
     Args:
-        model: parallelized, not materialised; its top-level layers are wrapped in place.
+        model: parallelized, not materialised; its top-level layers are wrapped in place. It makes logits
+            of token ids and has a `loss`, as Transformer does, if `compute_gradients` is to run it.
         context: the mesh.
         stage: 0 to 3.
         deterministic: the same bits on any number of replicas and at any stage; needs more memory.
@@ -49,7 +54,8 @@ class Zero:
         deterministic: bool = False,
         training: bool = True,
     ) -> None:
-        self.context, self.dp, self.stage = context, context.dp, stage
+        model.name_parts()  # initial values depend on names
+        self.model, self.context, self.dp, self.stage = model, context, context.dp, stage
         self.deterministic, self.training = deterministic, training
         self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
         pieces = PIECES if deterministic else self.dp.size
@@ -122,10 +128,46 @@ class Zero:
             total += sum(a.nbytes for a in (weights, gradient, *bucket.state.values()))
         return total
 
+    # a step
+
+    def compute_gradients(self, work: Sequence[Work], scale: float) -> float:
+        """Forward and backward of this replica's micro-batches; every `gradient` is then the step's.
+
+        Args:
+            work: pipeline.cut's; equally many on every replica.
+            scale: of the loss: 1 / (targets that count on all replicas) makes it their mean.
+
+        Returns: the loss, added up over the replicas.
+        """
+        self.begin_step(len(work))
+        actions = schedules.gradient_accumulation(len(work))
+        losses = run_schedule(self.model, actions, work, scale)
+        self.finish_gradients()
+        return sum_exactly(self.dp, losses)
+
+    def update(self, optimizer: Any, lr: float, step: int, scale: float = 1.0) -> None:
+        """Let the optimizer change the weights, and give them to whoever needs them.
+
+        Args:
+            optimizer: optim.AdamW or optim.SGD. lr: learning rate. step: from 0.
+            scale: what gradients are multiplied by, to clip them.
+        """
+        optim.apply(optimizer, self.buckets, lr, step, scale)
+        self.publish()
+
     # gradients
 
     def begin_step(self, micro_batches: int) -> None:
-        """Say how many micro-batches this replica will run backward."""
+        """Say how many micro-batches this replica will run backward.
+
+        Raises:
+            CupytronError: it is not the number of the other replicas, which would wait for each other.
+        """
+        counts = self.dp.all_gather(np.array([micro_batches])).tolist()
+        if len(set(counts)) > 1:
+            raise CupytronError(
+                f"the replicas have {', '.join(map(str, counts))} micro-batches; give each as many"
+            )
         self._expected = micro_batches
         self._finished = {bucket.name: 0 for bucket in self.buckets}
 
