@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
 
-Names: clone gradients torch kills damage shakespeare bench (default: all). A check that fails does
-not stop the others; the exit code is 1 if one failed. The corpus is ../shared/data/tinyshakespeare.txt, the
-file in $SHAKESPEARE, or a download.
+Names: clone gradients torch kills damage mesh sweep failing shakespeare bench (default: all). A check that
+fails does not stop the others; the exit code is 1 if one failed. The corpus is
+../shared/data/tinyshakespeare.txt, the file in $SHAKESPEARE, or a download.
 """
 
 import argparse
@@ -147,8 +147,36 @@ def damage(log: Log) -> None:
     pytest(log, "tests/test_checkpoint.py", "tests/test_config_errors.py")
 
 
+def mesh(log: Log) -> None:
+    """Drawn meshes, planted bugs, costs; deterministic runs at dp=1, 2, 4, 8 and every ZeRO stage."""
+    pytest(
+        log, "tests/test_mesh.py", "tests/test_costs.py", "--timeout=900", CUPYTRON_EXAMPLES="1000"
+    )
+    pytest(log, "tests/test_run_mesh.py", "tests/test_examples.py", "--timeout=900",
+           CUPYTRON_MESHES="all")  # fmt: skip
+
+
+def sweep(log: Log) -> None:
+    """Every split of 8 ranks x ZeRO x SP x family x vocabulary x KV heads, on 8 processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = Path(folder) / "cases.txt"
+        cases.write_text(log.run(BIN / "python", "benchmarks/sweep.py"))
+        output = log.run(BIN / "mpirun", "-n", "8", BIN / "cupytron", "verify", "--sweep", cases,
+                         limit=5400)  # fmt: skip
+    errors = [float(found) for found in re.findall(r"(?:ok|FAILED) (\S+) \(", output)]
+    log.line(f"  {output.splitlines()[-1]}; the largest error is {max(errors):.1e}")
+    hold(
+        len(errors) == 384 and max(errors) <= 1e-10, f"{len(errors)} cases, {max(errors):.1e}", log
+    )
+
+
+def failing(log: Log) -> None:
+    """24 injected failures under MPICH and under Open MPI."""
+    pytest(log, "tests/test_failing.py", "--timeout=300", CUPYTRON_FAILURES="all")
+
+
 def bench(log: Log) -> None:
-    """Speed and memory against PyTorch, both with two threads."""
+    """Speed and memory against PyTorch, both with two threads, and on two ranks with one each."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         log.line(
@@ -163,6 +191,8 @@ def bench(log: Log) -> None:
 
 
 TARGETS = {"A": (1.3, 0.6), "B": (1.5, 0.75), "C": (1.5, 0.75)}  # least speed, most memory
+# least speed of two ranks: against PyTorch as installed, with its AVX-512, and against one process
+TWO_RANKS = {"A": (1.8, 1.0, 1.15), "B": (1.9, 1.0, 1.15), "C": (1.9, 1.0, 1.15)}
 
 
 def shortfalls(found: dict) -> Iterator[str]:
@@ -172,10 +202,17 @@ def shortfalls(found: dict) -> Iterator[str]:
             yield f"{name}: {ratios['speed']:.2f} times PyTorch's tokens/s, target {speed}"
         if ratios["memory"] > memory:
             yield f"{name}: {ratios['memory']:.2f} times PyTorch's memory, target {memory}"
+    rivals = ("as_installed_2_ranks", "avx512_2_ranks", "cupytron_dp2_to_one_process")
+    for name, targets in TWO_RANKS.items():
+        for rival, target in zip(rivals, targets, strict=True):
+            found_ratio = found["settings"][name]["summary"]["ratios"].get(rival)
+            if found_ratio and found_ratio["speed"] < target:
+                yield f"{name}: {rival} {found_ratio['speed']:.2f}, target {target}"
 
 
 CHECKS: dict[str, Callable[[Log], None]] = {
-    f.__name__: f for f in (clone, gradients, torch, kills, damage, shakespeare, bench)
+    f.__name__: f
+    for f in (clone, gradients, torch, kills, damage, mesh, sweep, failing, shakespeare, bench)
 }
 
 
