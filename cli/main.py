@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("verify", "Compare a mesh with one process: the same numbers?"),
     "bench": ("bench", "Measure a configuration on random tokens."),
 }
+ON_A_MESH = {"train", "eval", "sample", "verify", "bench"}
 
 
 class LazyGroup(click.Group):
@@ -36,6 +37,12 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name not in ON_A_MESH and launched_tasks() > 1:
+            # several copies would write the same files
+            raise click.UsageError(
+                f"cupytron {cmd_name} works in one process, and a launcher started {launched_tasks()}; "
+                "start it without mpirun or srun"
+            )
         module = importlib.import_module(f"cupytron.cli.{COMMANDS[cmd_name][0]}")
         return _with_debug(module.command)
 

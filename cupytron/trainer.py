@@ -83,26 +83,6 @@ class Trainer:
         norm, lr = self.apply_gradients(loss)
         return StepResult(loss, norm, lr)
 
-    def apply_gradients(self, loss: float = 0.0) -> tuple[float, float]:
-        """Clip the gradients, update the weights and give them to whoever needs them.
-
-        Returns: the norm of the gradient before clipping, and the learning rate.
-        """
-        norm = self.zero.global_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.zero.clear_gradients()
-            raise NotFinite(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; "
-                "lower optim.lr, raise optim.warmup_steps or set optim.clip"
-            )
-        clip = self.config.optim.clip
-        scale = clip / norm if clip and norm > clip else 1.0
-        lr = optim.learning_rate(self.config, self.step)
-        self.zero.update(self.optimizer, lr, self.step, scale)
-        self.step += 1
-        self.position += self.config.global_batch
-        return norm, lr
-
     def compute_gradients(self, inputs: Any, targets: Any) -> float:
         """Forward and backward of all micro-batches; every bucket's `gradient` is then the step's.
 
@@ -122,6 +102,26 @@ class Trainer:
         # the loss is the mean over all targets of the step, wherever they are: they are counted first
         counted = count_targets(dp, targets)
         return self.zero.compute_gradients(work, scale=1 / max(1, counted))
+
+    def apply_gradients(self, loss: float = 0.0) -> tuple[float, float]:
+        """Clip the gradients, update the weights and give them to whoever needs them.
+
+        Returns: the norm of the gradient before clipping, and the learning rate.
+        """
+        norm = self.zero.global_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.zero.clear_gradients()
+            raise NotFinite(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; "
+                "lower optim.lr, raise optim.warmup_steps or set optim.clip"
+            )
+        clip = self.config.optim.clip
+        scale = clip / norm if clip and norm > clip else 1.0
+        lr = optim.learning_rate(self.config, self.step)
+        self.zero.update(self.optimizer, lr, self.step, scale)
+        self.step += 1
+        self.position += self.config.global_batch
+        return norm, lr
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
         """As the function `evaluate`, with this model on this mesh."""

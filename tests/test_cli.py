@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from launchers import NAMES, launch
 from runs import TINY, command, cupytron, kill_when, make_data, run_here, start
 
 from cupytron import process
@@ -84,6 +85,16 @@ def test_a_launcher_whose_processes_do_not_find_each_other_is_refused(tmp_path, 
     done = call("train", "--data", data, "--out", tmp_path / "run", *batch, env=environment)
     assert done.returncode == 1 and "started 4 processes, and MPI knows 1" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_for_one_process_is_refused_once_under_a_launcher(tmp_path, name):
+    argv, environment = launch(name, 3, [cupytron(), "data", "prepare", "x", "--out", "y"])
+    done = subprocess.run(
+        argv, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("works in one process, and a launcher started 3") == 1
 
 
 def test_eval_as_json_and_in_words(run):
