@@ -85,6 +85,7 @@ class Entry:
         first = x is not self._x
         if first:
             self._x, self._inside, self._asked = x, self.region.enter(x), 0
+            self._again = self._dx = None  # whatever a backward that failed has left
         inside = self._inside
         self._asked += 1
         if self._asked == self.members:
