@@ -138,6 +138,7 @@ class Stash:
         self._entries: list[tuple[Layer, tuple[Any, ...]]] = []
         self._defer = defer_weight_grads
         self._deferred: list[Callable[[], None]] = []
+        self._uses: dict[Any, int] = {}
 
     def push(self, owner: "Layer", *arrays: Any) -> None:
         """Keep `arrays` until `owner` pops them."""
@@ -190,6 +191,15 @@ class Stash:
         else:
             work()
 
+    def use(self, key: Any) -> None:
+        """Count a forward of something that several layers, or several calls of one, may share."""
+        self._uses[key] = self._uses.get(key, 0) + 1
+
+    def used(self, key: Any) -> bool:
+        """Count its backward; whether that was the last one of this micro-batch."""
+        self._uses[key] -= 1
+        return self._uses[key] == 0
+
     def run_weight_grads(self) -> None:
         """Do what was put off, in the order in which backward met it."""
         for work in self._deferred:
@@ -205,16 +215,26 @@ class _DiscardingStash(Stash):
     def push(self, owner: "Layer", *arrays: Any) -> None:
         pass
 
+    def use(self, key: Any) -> None:
+        pass
+
 
 class Layer:
     """A function with parameters and a backward next to its forward.
 
     forward(x, stash) -> y pushes what backward needs; backward(dy, stash) -> dx pops it, adds to the
     parameters' gradients and returns the gradient of x. `dy` is read-only; dx is a new array.
+
+    Attributes:
+        name: full, in the model; set by name_parts.
+        per_token: whether a token's y depends on no other token's x, but for what layers below it do:
+            sequence parallelism gives a layer a share of the tokens, and must know.
+        backward_reads_weights: a table's backward only writes its gradient.
     """
 
     name = ""
-    backward_reads_weights = True  # a table's backward only writes its gradient
+    per_token = False
+    backward_reads_weights = True
 
     def forward(self, x: Any, stash: Stash) -> Any:
         raise NotImplementedError

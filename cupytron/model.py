@@ -33,6 +33,8 @@ class Transformer(Layer):
         config: a resolved one (config.resolve_model): no None left.
     """
 
+    per_token = True
+
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         c: Any = config

@@ -1,25 +1,29 @@
 """Every mesh gives the numbers of one process: chosen cases, drawn ones, and bugs that must be seen."""
 
+import ast
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launchers import NAMES, launch
 from meshes import check, config, on_mesh
 
-from cupytron import AdamW, Zero, cut
+from cupytron import AdamW, Zero, backend, cut
 from cupytron import trainer as trainer_module
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config
-from cupytron.layer import Layer, Parameter, normal
+from cupytron.layer import Layer, MicroBatch, Parameter, Stash, normal
 from cupytron.nn import MLP, Attention, Block, Embedding, Head
 from cupytron.parallel import plan
 from cupytron.parallel.buffer import Bucket
+from cupytron.parallel.pipeline import run_schedule
 from cupytron.parallel.tensor import RowLinear
 
 FOUND = {}  # one-process runs, shared by the cases below
@@ -215,7 +219,10 @@ def parallelize(model, context, **patterns):
         ({"row": ["*.out"]}, "blocks.0.attention: qkv and out belong together"),
         ({"column": ["*.up"], "row": ["*.up"]}, "matched by column and by row"),
         ({"vocabulary": ["head"]}, "embedding and head share a table"),
-        ({"sequence_parallel": True, "vocabulary": ["embedding", "head"]}, "needs whole sequences"),
+        (
+            {"sequence_parallel": True, "vocabulary": ["embedding", "head"]},
+            "may need whole sequences",
+        ),
         (
             {"sequence_parallel": True, "column": ["*.qkv"], "row": ["*.out"]},
             "embedding: sequence parallelism needs it cut",
@@ -288,22 +295,142 @@ class OwnModel(Layer):
         return self.head.loss(logits, targets, scale)
 
 
+class OtherOrder(OwnModel):
+    """The attributes in another order than forward's: what is gathered ahead is the wrong thing."""
+
+    def __init__(self):
+        super().__init__()
+        embedding, mlp, head = self.embedding, self.mlp, self.head
+        del self.embedding, self.mlp, self.head
+        self.head, self.embedding, self.mlp = head, embedding, mlp
+
+
+class Twice(OwnModel):
+    """One layer called twice: its gradient is complete after the second backward."""
+
+    def forward(self, ids, stash):
+        x = self.mlp.forward(self.embedding.forward(ids, stash), stash)
+        return self.head.forward(self.mlp.forward(x, stash), stash)
+
+    def backward(self, dlogits, stash):
+        dx = self.mlp.backward(self.head.backward(dlogits, stash), stash)
+        self.embedding.backward(self.mlp.backward(dx, stash), stash)
+
+
+class Skipping(OwnModel):
+    """A layer that takes part in some micro-batches only."""
+
+    def forward(self, ids, stash):
+        x = self.embedding.forward(ids, stash)
+        if stash.batch.first_token:
+            x = self.mlp.forward(x, stash)
+        return self.head.forward(x, stash)
+
+    def backward(self, dlogits, stash):
+        dx = self.head.backward(dlogits, stash)
+        if stash.batch.first_token:
+            dx = self.mlp.backward(dx, stash)
+        self.embedding.backward(dx, stash)
+
+
 PATTERNS = {"column": ["*.up"], "row": ["*.down"], "vocabulary": ["embedding", "head"]}
 
 
-def own_losses(world, tp, stage, micro_batches=4, steps=4):
+def own_losses(world, tp, stage, micro_batches=4, steps=4, kind=OwnModel, look=False, **options):
     context = ParallelContext(tp=tp, world=world)
-    model, optimizer = OwnModel(), AdamW()
+    model, optimizer = kind(), AdamW()
     plan.parallelize(model, context, **PATTERNS)
-    zero = Zero(model, context, stage)
+    zero = Zero(model, context, stage, **options)
     zero.materialize(3, np.float64, optimizer.STATE)
     losses = []
     for step in range(steps):
         tokens = np.random.default_rng(step).integers(0, 7, (2, micro_batches, 5))
         work = cut(*tokens, 1, step=step)[context.dp.rank :: context.dp.size]
         losses.append(zero.compute_gradients(work, scale=1 / tokens[0].size))
+        if look:  # at something, with a stash that no backward will empty
+            model.forward(work[0].ids, Stash(work[0].batch))
         zero.update(optimizer, lr=0.1, step=step)
     return losses
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("kind", [OwnModel, OtherOrder, Twice])
+def test_layers_in_any_order_and_used_twice(kind, stage):
+    want = own_losses(None, 1, 0, kind=kind)
+    for ranks, options in ((1, {}), (2, {}), (2, {"deterministic": True})):
+        found = run_ranks(ranks, lambda w, o=options: own_losses(w, 1, stage, kind=kind, **o))
+        np.testing.assert_allclose(found[0], want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_used_twice_on_real_ranks(tmp_path, name):
+    """Threads copy an array where a reduction starts; MPI works on it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import cupytron\n"
+        "from test_mesh import Twice, own_losses\n"
+        "with cupytron.open_world() as world:\n"
+        "    found = [own_losses(world, 1, stage, kind=Twice) for stage in range(4)]\n"
+        "    world.rank or print(found)\n"
+    )
+    argv, environment = launch(name, 2, [sys.executable, str(script)])
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    found = ast.literal_eval(done.stdout)
+    np.testing.assert_allclose(found, [own_losses(None, 1, 0, kind=Twice)] * 4, rtol=1e-12)
+
+
+def test_looking_at_a_model_does_not_change_its_training():
+    want = own_losses(None, 1, 3)
+    for losses in run_ranks(2, lambda world: own_losses(world, 1, 3, look=True)):
+        np.testing.assert_allclose(losses, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_layer_that_skips_micro_batches_is_refused(stage):
+    with pytest.raises(ValueError, match=r"mlp: took part in 3 of 4 micro-batches"):
+        own_losses(None, 1, stage, kind=Skipping)
+    with pytest.raises(ValueError, match=r"mlp: took part in 1 of 2|ranks of dp disagree"):
+        run_ranks(2, lambda world: own_losses(world, 1, stage, kind=Skipping))
+
+
+def test_a_second_step_before_the_update_is_refused():
+    zero = Zero(OwnModel(), ParallelContext())
+    zero.materialize(3, np.float64, AdamW.STATE)
+    work = cut(*np.zeros((2, 2, 5), int), 1)
+    zero.compute_gradients(work, 0.1)
+    with pytest.raises(ValueError, match="call update or clear_gradients before"):
+        zero.compute_gradients(work, 0.1)
+    zero.clear_gradients()
+    zero.compute_gradients(work, 0.1)
+
+
+def test_deterministic_training_has_one_blas_thread(monkeypatch):
+    """Whatever the process was given: OpenBLAS gives other bits with other numbers of threads."""
+    seen = []
+
+    def watched(*arguments):
+        seen.append([library.get_num_threads() for library in backend._blas()])
+        return run_schedule(*arguments)
+
+    monkeypatch.setattr("cupytron.parallel.zero.run_schedule", watched)
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        own_losses(None, 1, 0, steps=1, deterministic=True)
+    assert set(seen[0]) == {1}
+
+
+def test_layers_that_do_not_match_are_named():
+    def body(world):
+        model = OwnModel()
+        context = ParallelContext(tp=2, world=world)
+        plan.parallelize(model.mlp.down, context)  # nothing asked, nothing done
+        model.mlp.up.weight.shard(1, world.rank, 2)
+        model.mlp.up.bias.shard(0, world.rank, 2)
+        model.materialize(1)
+        model.forward(np.zeros(5, int), Stash(MicroBatch(1, 5)))
+
+    with pytest.raises(ValueError, match=r"Linear mlp.down: takes 12 features and was given 6"):
+        run_ranks(2, body)
 
 
 @pytest.mark.parametrize(("ranks", "tp", "stage"), [(1, 1, 3), (2, 2, 0), (4, 2, 2), (4, 1, 3)])

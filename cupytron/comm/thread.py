@@ -11,8 +11,12 @@ from typing import Any
 
 from cupytron.comm.bookkeeping import CommunicationError
 from cupytron.comm.communicator import Communicator
+from cupytron.errors import CupytronError
 
 TIMEOUT = 60.0  # seconds; a test's deadlock becomes a sentence
+
+
+_SAME_SHAPE = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
 
 
 class _World:
@@ -65,6 +69,8 @@ class ThreadCommunicator(Communicator):
         group, number = self._group, self._number
         self._number += 1
         world = group.world
+        if what in _SAME_SHAPE:
+            what = f"{what} of {part.shape} {part.dtype}"
         with world.changed:
             group.parts.setdefault(number, {})[self.rank] = what, part
             world.changed.notify_all()
@@ -173,8 +179,11 @@ def run_ranks(
     """Run body(communicator) on `size` ranks, each a thread; returns their results.
 
     Raises:
+        CupytronError: size is not at least 1.
         the first error of a rank; the others are ended.
     """
+    if size < 1:
+        raise CupytronError(f"{size} ranks: give at least 1")
     world = _World(timeout)
     group = _Group(world, size)
     results: list[Any] = [None] * size

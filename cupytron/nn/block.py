@@ -18,6 +18,8 @@ class Block(Layer):
     Shapes: x, y (T, D).
     """
 
+    per_token = True
+
     def __init__(
         self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer, dropout: float = 0.0
     ) -> None:

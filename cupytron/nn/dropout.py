@@ -10,6 +10,8 @@ from cupytron.ops import philox
 class Dropout(Layer):
     """y = x * mask / (1 - p) in training, y = x otherwise. Shapes: x, y (T, D)."""
 
+    per_token = True
+
     def __init__(self, p: float) -> None:
         self.p = p
         self.token_shard = (

@@ -12,6 +12,7 @@ from cupytron.layer import Layer, Parameter, Stash, normal
 class Embedding(Layer):
     """y[t] = weight[ids[t]]. Shapes: ids (T,) integers, y (T, D), weight (V, D)."""
 
+    per_token = True
     backward_reads_weights = False
 
     def __init__(self, vocab_size: int, d: int, std: float = 0.02) -> None:
@@ -29,6 +30,7 @@ class Embedding(Layer):
 class _Positions(Layer):
     """y = x + a row for each token's position. Shapes: x, y (T, D)."""
 
+    per_token = True
     backward_reads_weights = False
     token_shard = 0  # x is this share, of shares of its length, of the micro-batch's tokens
 
@@ -86,6 +88,8 @@ class Head(Layer):
 
     `weight` is the embedding's table when the two are tied.
     """
+
+    per_token = True
 
     def __init__(self, weight: Parameter) -> None:
         self.weight = weight

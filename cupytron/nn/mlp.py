@@ -16,6 +16,8 @@ _ACTIVATIONS = {
 class MLP(Layer):
     """y = down(activation(up(x))). Shapes: x, y (T, D); inside (T, F)."""
 
+    per_token = True
+
     def __init__(
         self, d: int, d_ff: int, activation: str, bias: bool, std: float, out_std: float
     ) -> None:
@@ -36,6 +38,8 @@ class MLP(Layer):
 
 class SwiGLU(Layer):
     """y = down(silu(gate(x)) * up(x)). Shapes: x, y (T, D); inside (T, F)."""
+
+    per_token = True
 
     def __init__(self, d: int, d_ff: int, bias: bool, std: float, out_std: float) -> None:
         self.gate = Linear(d, d_ff, bias, std)

@@ -12,6 +12,8 @@ class LayerNorm(Layer):
     Shapes: x, y (T, D); weight, bias (D,).
     """
 
+    per_token = True
+
     def __init__(self, d: int, eps: float = 1e-5, bias: bool = True) -> None:
         self.weight = Parameter((d,), constant(1.0))
         self.bias = Parameter((d,), constant(0.0)) if bias else None
@@ -37,6 +39,8 @@ class RMSNorm(Layer):
 
     Shapes: x, y (T, D); weight (D,).
     """
+
+    per_token = True
 
     def __init__(self, d: int, eps: float = 1e-5) -> None:
         self.weight = Parameter((d,), constant(1.0))

@@ -36,7 +36,6 @@ class Bucket:
             parameters' own arrays are views of them.
         weights, gradient: flat arrays of the owned range; views where data and grad are here.
         state: the optimizer's flat arrays of the owned range by name, such as "exp_avg".
-        users: layers that work with these parameters: one, or two that share a table.
 
     Args:
         pieces: the padding makes `size` a multiple of it.
@@ -45,7 +44,6 @@ class Bucket:
     def __init__(self, name: str, parameters: list[Parameter], pieces: int = 1) -> None:
         self.name = name
         self.pieces = pieces
-        self.users = 0
         self.segments: list[Segment] = []
         at = 0
         for parameter in sorted(parameters, key=lambda p: (not p.decay, p.whole)):
@@ -154,7 +152,6 @@ def make_buckets(model: Layer, pieces: int = 1) -> dict[str, Bucket]:
     found: dict[str, Bucket] = {}
     for owners, parameters in groups.items():
         bucket = Bucket(" and ".join(owners), parameters, pieces)
-        bucket.users = len(owners)
         for owner in owners:
             if owner in found:
                 raise CupytronError(

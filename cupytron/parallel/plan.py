@@ -59,9 +59,17 @@ def parallelize(
         keep_gathered: under sequence parallelism keep the inputs of column layers gathered for backward:
             4/5 of the bytes sent, more memory.
 
+    A row-parallel layer has to come behind a column-parallel one, with nothing between them that mixes
+    features. Under sequence parallelism every layer outside of these has to be `per_token`.
+
     Raises:
-        CupytronError: a pattern matches no such layer, a size that tp does not divide, or half of a pair.
+        CupytronError: a pattern matches no such layer, a size that tp does not divide, half of an
+            Attention, MLP or SwiGLU, or a layer that sequence parallelism would break.
     """
+    column, row, vocabulary = (
+        [patterns] if isinstance(patterns, str) else patterns
+        for patterns in (column, row, vocabulary)
+    )
     model.name_parts()
     layers = dict(model.named_layers())
     wanted = {
@@ -204,11 +212,14 @@ def _check_pairs(layers: dict[str, Layer], wanted: dict[str, set[str]], sp: bool
                     f"{name}: {', '.join(ins)} and {out} belong together; match the first with column "
                     "patterns and the last with row patterns, or none of them"
                 )
-            if sp and not cut and isinstance(layer, Attention):
-                raise CupytronError(
-                    f"{name}: needs whole sequences, and sequence parallelism cuts them; match its qkv "
-                    "with a column pattern and its out with a row pattern"
-                )
+            if cut and isinstance(layer, Attention):
+                continue  # it gets whole sequences
+        if sp and not layer.per_token:
+            raise CupytronError(
+                f"{name or 'the model'}: {type(layer).__name__} may need whole sequences, and sequence "
+                "parallelism cuts them; an Attention's qkv has to match a column pattern and its out a "
+                "row pattern, and a layer of your own has to say per_token = True, if that is so"
+            )
         if sp and isinstance(layer, Embedding | Head) and name not in wanted["vocabulary"]:
             raise CupytronError(
                 f"{name}: sequence parallelism needs it cut; match it with a vocabulary pattern"

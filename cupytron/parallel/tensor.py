@@ -14,6 +14,7 @@ import numpy as np
 from cupytron import backend, ops
 from cupytron.comm import Communicator
 from cupytron.layer import Layer, Parameter, Stash
+from cupytron.nn import Linear
 
 
 class Region:
@@ -136,7 +137,7 @@ class ColumnLinear(Layer):
         return self.entry.backward(ops.matmul(dy, self.weight.data.T), first)
 
 
-class RowLinear(Layer):
+class RowLinear(Linear):
     """y = x @ weight + bias with a share of the rows on each rank, and of x's features.
 
     Shapes: x (T, D_in / tp); y as outside the region; weight (D_in / tp, D_out), bias (D_out,).
@@ -147,6 +148,7 @@ class RowLinear(Layer):
         self.weight, self.bias, self.region = weight, bias, region
 
     def forward(self, x: Any, stash: Stash) -> Any:
+        self.check_width(x, self.weight.data)
         stash.push(self, x)
         y = self.region.leave(ops.matmul(x, self.weight.data))
         if self.bias:

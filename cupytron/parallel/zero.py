@@ -11,6 +11,7 @@ A share is 1 / dp of every bucket. Nothing here asks for the number of replicas:
 Reference: Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cupytron import optim
+from cupytron import backend, optim
 from cupytron.comm import ParallelContext
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Stash, Wrapper
@@ -71,8 +72,9 @@ class Zero:
             if stage >= 1:
                 bucket.owned = share(bucket.size, self.dp.rank, self.dp.size)
         self._wrap(model, by_layer)
-        self._expected = 0  # backward passes of a step through each layer
-        self._finished: dict[str, int] = {}  # of a bucket's users, in this step
+        self._expected = 0  # micro-batches of a step
+        self._finished: dict[str, int] = {}  # micro-batches whose gradient of a bucket is complete
+        self._used_up = True  # whether the last step's gradients have gone into an update
         self._pending: list[tuple[Bucket, Any]] = []
         self._trees = {bucket.name: TreeSum() for bucket in self.buckets}
         self._gathers: dict[str, Any] = {}
@@ -141,7 +143,10 @@ class Zero:
         """
         self.begin_step(len(work))
         actions = schedules.gradient_accumulation(len(work))
-        losses = run_schedule(self.model, actions, work, scale)
+        # OpenBLAS gives other bits with other numbers of threads
+        threads = backend.one_blas_thread() if self.deterministic else contextlib.nullcontext()
+        with threads:
+            losses = run_schedule(self.model, actions, work, scale)
         self.finish_gradients()
         return sum_exactly(self.dp, losses)
 
@@ -153,6 +158,7 @@ class Zero:
             scale: what gradients are multiplied by, to clip them.
         """
         optim.apply(optimizer, self.buckets, lr, step, scale)
+        self._used_up = True
         self.publish()
 
     # gradients
@@ -161,8 +167,14 @@ class Zero:
         """Say how many micro-batches this replica will run backward.
 
         Raises:
-            CupytronError: it is not the number of the other replicas, which would wait for each other.
+            CupytronError: it is not the number of the other replicas, which would wait for each other; or
+                the last step's gradients are still there.
         """
+        if not self._used_up:
+            raise CupytronError(
+                "the last step's gradients are still there; call update or clear_gradients before the "
+                "next one, or give all micro-batches to one step"
+            )
         counts = self.dp.all_gather(np.array([micro_batches])).tolist()
         if len(set(counts)) > 1:
             raise CupytronError(
@@ -179,10 +191,9 @@ class Zero:
             bucket.set_grad(np.zeros(bucket.size, bucket.weights.dtype))
 
     def gradient_ready(self, bucket: Bucket) -> None:
-        """One of the bucket's users has run backward; the last one starts the reduction."""
+        """A micro-batch's gradient of this bucket is complete; start the reduction if it is due."""
         self._finished[bucket.name] += 1
-        passes = 1 if self.parts_at_once else self._expected
-        if self._finished[bucket.name] % (bucket.users * passes):
+        if not self.parts_at_once and self._finished[bucket.name] != self._expected:
             return
         if self.deterministic:
             handle = tree_reduce_scatter(self.dp, bucket.grad)
@@ -205,7 +216,18 @@ class Zero:
             bucket.gradient[...] = reduced
 
     def finish_gradients(self) -> None:
-        """Wait for the reductions; afterwards every bucket's `gradient` is the whole step's."""
+        """Wait for the reductions; afterwards every bucket's `gradient` is the whole step's.
+
+        Raises:
+            CupytronError: a layer did not take part in every micro-batch.
+        """
+        for name, count in self._finished.items():
+            if count != self._expected:
+                raise CupytronError(
+                    f"{name}: took part in {count} of {self._expected} micro-batches; replicas can add up "
+                    "the gradients of top-level layers that run in each of them only"
+                )
+        self._used_up = False
         while self._pending:
             self._complete(*self._pending.pop(0))
         for bucket in self.buckets:
@@ -238,6 +260,7 @@ class Zero:
         for bucket in self.buckets:
             whole = bucket.gradient if bucket.grad is None else bucket.grad
             whole[...] = 0
+        self._used_up = True
 
     # weights
 
@@ -250,6 +273,13 @@ class Zero:
             ]
             for handle in handles:
                 handle.wait()
+        if self.stage == 3:
+            # whatever was gathered, or kept for a backward that did not come, is old now
+            for handle in self._gathers.values():
+                handle.wait()
+            self._gathers.clear()
+            for bucket in self.buckets:
+                bucket.set_data(None)
 
     def gather(self, bucket: Bucket) -> None:
         """Start to gather a bucket's weights, unless they are here."""
@@ -272,7 +302,8 @@ class Zero:
 class BucketLayer(Wrapper):
     """A top-level layer with its bucket: weights gathered before it runs, gradients reduced after.
 
-    While one layer runs, the weights of the next one in this direction are on their way.
+    While one layer runs, the weights of the next one in this direction are on their way. Which one that
+    is, is guessed from the order of the model's attributes; a wrong guess costs time only.
     """
 
     def __init__(self, name: str, inner: Layer, bucket: Bucket, zero: Zero) -> None:
@@ -284,6 +315,7 @@ class BucketLayer(Wrapper):
 
     def forward(self, x: Any, stash: Stash) -> Any:
         zero = self.zero
+        stash.use(self.bucket)
         zero.open_weights(self.bucket)
         if self.following:
             zero.gather(self.following.bucket)
@@ -302,5 +334,10 @@ class BucketLayer(Wrapper):
         zero.open_gradient(self.bucket)
         dx = self.inner.backward(dy, stash)
         zero.close_weights(self.bucket)
-        stash.then(lambda: zero.gradient_ready(self.bucket))
+        stash.then(lambda: self._finish(stash))
         return dx
+
+    def _finish(self, stash: Stash) -> None:
+        # a tied table's other user, or another call of this layer, may still add to the gradient
+        if stash.used(self.bucket):
+            self.zero.gradient_ready(self.bucket)
