@@ -9,12 +9,12 @@ RUNS := runs
 
 help:
 	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
-	@echo "make test        everything that can be tested on this machine (2 minutes)"
+	@echo "make test        everything that can be tested on this machine (5 minutes)"
 	@echo "make test-mpi-4  what ranks say to each other, on 4 ranks under MPICH and Open MPI"
 	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
 	@echo "make lint        style; make typecheck: types"
 	@echo "make bench       speed and memory against PyTorch (installs PyTorch, 20 minutes)"
-	@echo "make acceptance  every promise of this version that this machine can check (an hour)"
+	@echo "make acceptance  every promise of this version that this machine can check (two hours)"
 	@echo "make gpu-check   the checks that need a GPU (none in this version)"
 
 .venv/base: pyproject.toml

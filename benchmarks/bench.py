@@ -180,7 +180,7 @@ def ratios(summary: dict[str, Json]) -> Json:
     Each is taken against the better of PyTorch's two modes for that quantity.
     """
     found: Json = {}
-    ours = summary["cupytron"]
+    ours = summary.get("cupytron", {})
     for name, suffix in (("as_installed", ""), ("avx512", "_avx512")):
         modes = [summary.get(f"torch_{mode}{suffix}", {}) for mode in ("eager", "compiled")]
         modes = [mode for mode in modes if "ms_per_step" in mode]
@@ -228,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("settings", nargs="*", help=f"from {' '.join(SETTINGS)}; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="children of each contender")
+    parser.add_argument("--only", metavar="KEYS", help="contenders, such as cupytron,cupytron_dp2")
     parser.add_argument("--steps", type=int, help="timed steps a child; default: a few seconds")
     parser.add_argument("--threads", type=int, default=2, help="threads of both libraries")
     parser.add_argument("--torch-python", metavar="PATH", help="an interpreter with PyTorch")
@@ -245,6 +246,8 @@ def main() -> None:
     torch_version = None
     with tempfile.TemporaryDirectory() as folder:
         rivals = contenders(python, mkl_shim(Path(folder), facts))
+        if arguments.only:
+            rivals = [rival for rival in rivals if rival.key in arguments.only.split(",")]
         for setting in chosen:
             steps = arguments.steps or STEPS[setting]
             runs = []

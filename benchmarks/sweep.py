@@ -4,6 +4,7 @@ python benchmarks/sweep.py > cases.txt
 mpirun -n 8 cupytron verify --sweep cases.txt
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 
@@ -22,4 +23,5 @@ def cases() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(cases()))
+    with contextlib.suppress(BrokenPipeError):  # ... | head
+        print("\n".join(cases()), flush=True)

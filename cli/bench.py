@@ -21,6 +21,7 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
 
     from cupytron.bench import measure
     from cupytron.comm import open_world
+    from cupytron.mesh_run import check_alike, watched
 
     vocab_size = None
     if config.data.path and config.model.vocab_size is None:
@@ -28,7 +29,9 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
 
         vocab_size = open_dataset(config.data.path).vocab_size
     world = open_world()
-    result = measure(config, steps, environment, vocab_size, world)
+    check_alike(world, settings=config, steps=steps)
+    with watched(world, config.parallel.timeout) as note:
+        result = measure(config, steps, environment, vocab_size, world, note)
     if world.rank:
         return
     if as_json:

@@ -14,22 +14,32 @@ from cupytron.cli.options import checkpoint_option, mesh_options, prepare_for_ru
 @mesh_options
 @click.option("--json", "as_json", is_flag=True, help="Print an object.")
 def command(
-    run: str, data: str | None, checkpoint: str, tp: int | None, zero: int, as_json: bool
+    run: str,
+    data: str | None,
+    checkpoint: str,
+    tp: int | None,
+    zero: int,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
     prepare_for_run(run)
 
     from cupytron import load
     from cupytron.comm import ParallelContext, open_world
+    from cupytron.mesh_run import check_alike, watched
 
-    context = ParallelContext(tp=tp or 1, world=open_world())
+    world = open_world()
+    check_alike(world, run=run, data=data, checkpoint=checkpoint, tp=tp, zero=zero)
+    context = ParallelContext(tp=tp or 1, world=world)
     first = context.world.rank == 0
 
     def warn(text: str) -> None:
         if first:
             click.echo(f"warning: {text}", err=True)
 
-    result = load(run, checkpoint, warn, context, zero).evaluate(data)
+    with watched(world, timeout) as note:
+        result = load(run, checkpoint, warn, context, zero).evaluate(data, note)
     if not first:
         return
     if as_json:

@@ -85,12 +85,19 @@ class Settings:
             # a failed attempt that saved nothing leaves no settings to go on with
             if own.is_file() and any(Path(run).glob("checkpoints/step-*")):
                 file = str(own)
-        ranks = None
-        if mesh:
-            from cupytron.process import launched_tasks
+        if not mesh:
+            return load_config(self.preset, file, self.overrides)
+        from cupytron.process import launched_tasks
 
-            ranks = launched_tasks()
-        return load_config(self.preset, file, self.overrides, ranks)
+        ranks, moved = launched_tasks(), []
+        if file != self.file:
+            # a run goes on on any mesh: its old one gives way where it does not fit, unless asked for
+            old = load_config(file=file, check=False).parallel
+            if ranks % old.tp:
+                moved.append("parallel.tp=1")
+            if old.dp is not None and old.tp * old.dp != ranks:
+                moved.append("parallel.dp=none")
+        return load_config(self.preset, file, [*moved, *self.overrides], ranks)
 
 
 # which of a run's checkpoints a command reads
@@ -122,8 +129,15 @@ def prepare_for_run(run: str) -> None:
 
 
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--tp and --zero, for a command that works with a trained model; it receives `tp` and `zero`."""
+    """Options of a mesh for a command that works with a trained model: `tp`, `zero` and `timeout`."""
     for option in (
+        click.option(
+            "--timeout",
+            type=click.FloatRange(0),
+            default=600.0,
+            show_default=True,
+            help="Seconds without progress that end several ranks' job; 0: never.",
+        ),
         click.option("--zero", type=click.IntRange(0, 3), default=0, help="3: spread the weights."),
         click.option(
             "--tensor-parallel-size",
@@ -155,7 +169,11 @@ def parse_settings(line: str, start: Settings) -> Settings:
     line_command = click.Command(line, params=[])
     for option in reversed(_options()):
         line_command = option(line_command)
-    parameters = line_command.make_context(f"in the line {line!r}", shlex.split(line)).params
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise click.UsageError(f"in the line {line!r}: {error}") from None
+    parameters = line_command.make_context(f"in the line {line!r}", words).params
     found = _taken(parameters)
     return Settings(
         found.preset or start.preset,

@@ -37,6 +37,7 @@ def command(
     checkpoint: str,
     tp: int | None,
     zero: int,
+    timeout: float,
 ) -> None:
     """Write text with a trained model.
 
@@ -47,8 +48,23 @@ def command(
 
     from cupytron import load
     from cupytron.comm import ParallelContext, open_world
+    from cupytron.mesh_run import check_alike, watched
 
     world = open_world()
+    check_alike(
+        world,
+        run=run,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_samples=num_samples,
+        seed=seed,
+        checkpoint=checkpoint,
+        tp=tp,
+        zero=zero,
+    )
     # ranks share the layers, unless told otherwise: replicas would all write the same
     context = ParallelContext(tp=tp or (1 if zero else world.size), world=world)
     first = world.rank == 0
@@ -61,26 +77,28 @@ def command(
         if first:
             write(text)
 
-    model = load(run, checkpoint, warn, context, zero)
-    if prompt is None:
-        prompt = model.default_prompt()
-    for sample in range(num_samples):
-        if num_samples > 1:
-            tell(f"--- sample {sample + 1} of {num_samples}\n")
-        pieces = model.stream(
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            sample=sample,
-        )
-        first_piece = next(pieces, "")  # errors come before the prompt is echoed
-        tell(prompt + first_piece)
-        for text in pieces:
-            tell(text)
-        tell("\n")
+    with watched(world, timeout) as note:
+        model = load(run, checkpoint, warn, context, zero)
+        if prompt is None:
+            prompt = model.default_prompt()
+        for sample in range(num_samples):
+            if num_samples > 1:
+                tell(f"--- sample {sample + 1} of {num_samples}\n")
+            pieces = model.stream(
+                prompt,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                sample=sample,
+            )
+            first_piece = next(pieces, "")  # errors come before the prompt is echoed
+            tell(prompt + first_piece)
+            for text in pieces:
+                note(model.step, "writing")
+                tell(text)
+            tell("\n")
 
 
 def write(text: str) -> None:

@@ -39,17 +39,20 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     cases = [(" ".join(settings.overrides), settings)]
     if sweep:
         cases = [(line, parse_settings(line, settings)) for line in _lines(Path(sweep))]
-    configs = [(name, _config(case)) for name, case in cases]
+    configs = [(name, _config(case, name if sweep else None)) for name, case in cases]
     prepare_process(configs[0][1])
 
     from cupytron import verify
     from cupytron.comm import open_world
+    from cupytron.mesh_run import check_alike, watched
 
     world = open_world()
+    check_alike(world, steps=steps, cases=[str(config) for _, config in configs])
     failed = 0
     found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
-        report = verify.run(config, steps, world, found)
+        with watched(world, config.parallel.timeout) as note:
+            report = verify.run(config, steps, world, found, note)
         failed += not report.ok
         if world.rank == 0:
             if as_json:
@@ -78,9 +81,14 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _config(settings: Settings) -> "RunConfig":
-    """The case's settings: what is not given comes from the small model, or suits the mesh."""
+def _config(settings: Settings, line: str | None) -> "RunConfig":
+    """The case's settings: what is not given comes from the small model, or suits the mesh.
+
+    Args:
+        line: of the sweep's file, which may need fewer ranks than there are; None: the command's own.
+    """
     from cupytron.config import load_config
+    from cupytron.errors import ConfigError
     from cupytron.process import launched_tasks
 
     # before what was given, so that it wins
@@ -94,7 +102,11 @@ def _config(settings: Settings) -> "RunConfig":
 
     def load(*more: str, check: bool = True) -> "RunConfig":
         overrides = [*start, *more, *settings.overrides]
-        return load_config(settings.preset, settings.file, overrides, check=check)
+        ranks = tasks if line is None and tasks > 1 else None
+        try:
+            return load_config(settings.preset, settings.file, overrides, ranks, check)
+        except ConfigError as error:
+            raise ConfigError(f"in the line {line!r}: {error}" if line else str(error)) from None
 
     config = load(check=False)
     dp = config.parallel.dp or max(1, tasks // config.parallel.tp)

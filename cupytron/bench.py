@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def measure(
     environment: dict[str, Any],
     vocab_size: int | None = None,
     world: Communicator | None = None,
+    note: Callable[[int, str], None] = lambda step, phase: None,
 ) -> dict[str, Any]:
     """Train `steps` steps on random tokens and say how long one takes. Collective over `world`.
 
@@ -28,6 +30,7 @@ def measure(
         config: the settings. environment: process.prepare's record.
         vocab_size: a data set's, if config.model.vocab_size is not set.
         world: all ranks; None: this process alone.
+        note: called before each step, for a watchdog.
 
     Returns: ms_per_step (median), ms_per_step_min, tokens_per_second, gflops_per_second (attention
         counted whole) and gflops_per_second_causal, peak_memory_bytes (of the process that held most),
@@ -42,7 +45,8 @@ def measure(
     rng = np.random.default_rng([config.train.seed, context.coordinates["dp"]])
     shape = (len(trainer.local_sequences), config.train.sequence_length)
     seconds = []
-    for _ in range(WARMUP + steps):
+    for number in range(WARMUP + steps):
+        note(number, "measuring")
         inputs, targets = rng.integers(0, model.vocab_size, (2, *shape))
         for group in (context.tp, context.dp):
             group.bytes.clear()

@@ -66,6 +66,9 @@ def train(
     folder, world = RunFolder(out), world or SelfCommunicator()
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
+    own = {"threads": None, "blas_kernel": "off", "malloc": True}  # a node's own business
+    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update=own)})
+    mesh_run.check_alike(world, settings=shared, out=str(out), resume=resume, init=str(init_from))
     context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
     folder.check_new()
     if folder.steps() and resume == "never":

@@ -102,11 +102,14 @@ class TrainedModel:
         """The text after `prompt`; options as in `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, **options))
 
-    def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, data: str | Path | None = None, note: Callable[[int, str], None] | None = None
+    ) -> dict[str, Any]:
         """Loss over the whole validation split.
 
         Args:
             data: a prepared folder; None: the one that the run was trained on.
+            note: called before each batch, for a watchdog.
 
         Returns: val_loss (nats a token), perplexity, bits_per_byte (None if the bytes of the text are
             not known), tokens (targets counted), step.
@@ -128,6 +131,8 @@ class TrainedModel:
             )
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
+        if note is not None:
+            batches = _noted(batches, self.step, note)
         total, counted = evaluate(self.model, batches, self.context.dp)
         loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
@@ -137,6 +142,12 @@ class TrainedModel:
             "tokens": counted,
             "step": self.step,
         }
+
+
+def _noted(batches: Iterator[Any], step: int, note: Callable[[int, str], None]) -> Iterator[Any]:
+    for batch in batches:
+        note(step, "evaluating")
+        yield batch
 
 
 def _predicted_bytes(dataset: Dataset) -> int | None:

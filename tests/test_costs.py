@@ -157,6 +157,29 @@ def test_stage_3_holds_few_layers_at_once():
     assert on_mesh(settings, body) == [1, 1]
 
 
+def test_stage_3_gathers_ahead():
+    """While a block runs, the weights of the next one are on their way: forward and backward."""
+    settings = case("model.num_layers=4", dp=2, zero=3)
+
+    def body(trainer, context):
+        seen = []
+        for number, block in trainer.model.blocks.items():
+            for way, after in (("forward", 1), ("backward", -1)):
+                run = getattr(block.inner, way)
+
+                def watch(*arguments, run=run, way=way, wanted=f"blocks.{number + after}"):
+                    seen.append((way, wanted, wanted in trainer.zero._gathers))
+                    return run(*arguments)
+
+                setattr(block.inner, way, watch)
+        rng = np.random.default_rng(0)
+        trainer.train_step(*rng.integers(0, VOCAB, (2, len(trainer.local_sequences), S)))
+        return seen
+
+    for way, wanted, ahead in on_mesh(settings, body)[0]:
+        assert ahead == (wanted in ("blocks.0", "blocks.1", "blocks.2", "blocks.3")), (way, wanted)
+
+
 def kept(settings):
     """Bytes that a block's layers keep for backward, by kind of layer, on rank 0."""
 

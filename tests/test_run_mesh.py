@@ -185,6 +185,34 @@ def test_an_evaluation_shared_unevenly_is_exact(data, saved):
         assert result["val_loss"] == one["val_loss"]  # bit for bit: the sum is rounded once
 
 
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path, data):
+    out = tmp_path / "run"
+    run_mesh(data, out, "train.max_steps=4", dp=2)
+    with RunFolder(out).lock(), pytest.raises(ValueError, match="is training in it"):
+        run_mesh(data, out, "train.max_steps=8", dp=2)
+
+
+def test_all_ranks_know_the_best_loss_of_a_resumed_run(tmp_path, data):
+    """A step is saved when its loss is the best: ranks that do not agree on that would wait for ever."""
+    out = tmp_path / "run"
+    each = ["train.eval_interval=1", "checkpoint.interval=0", SCHEDULE]
+    run_mesh(data, out, *each, "train.max_steps=4", dp=2)
+    outcomes = run_mesh(data, out, *each, "optim.lr=5", dp=2)  # from here on it gets worse
+    assert [outcome.step for outcome in outcomes] == [12, 12]
+
+
+def test_ranks_with_other_settings_are_told(tmp_path, data):
+    def body(world):
+        overrides = [*TINY, f'data.path="{data}"', f"optim.lr={0.1 * (world.rank + 1)}"]
+        train(load_config(overrides=overrides), tmp_path / "run", dict(ENVIRONMENT), world=world)
+
+    with pytest.raises(
+        ValueError, match=r"rank 1 was started with other .* optim.lr: 0.2 there, 0.1"
+    ):
+        run_ranks(2, body)
+    assert not (tmp_path / "run").exists()
+
+
 # real launchers
 
 
@@ -213,6 +241,14 @@ def test_a_run_under_a_launcher(tmp_path, data, name):
     alone = runs.start(command(data, out, *settings, "parallel.zero=1"))
     assert alone.communicate(timeout=100)[0] and alone.returncode == 0
     assert digest(out) == digest(tmp_path / "one")
+
+
+def test_a_run_goes_on_where_its_own_mesh_does_not_fit(tmp_path, data):
+    """The settings in its folder say tp=2; one process goes on with them all the same."""
+    out = tmp_path / "run"
+    run_mesh(data, out, *FLOAT64, "train.max_steps=4", tp=2, dp=2)
+    job = runs.start([cupytron(), "train", "--out", str(out), "--max-steps", "6"])
+    assert "done: 6 steps" in job.communicate(timeout=100)[0]
 
 
 @each_launcher
