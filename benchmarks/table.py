@@ -1,4 +1,4 @@
-"""The benchmark's record as two tables: time and memory. Markdown that also reads well as text.
+"""The benchmark's record as tables of time and memory. Markdown that also reads well as text.
 
 python benchmarks/table.py benchmarks/results/FILE.json
 """
@@ -8,24 +8,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = {
-    "cupytron": "cupytron",
-    "cupytron_dp2": "2 ranks",
-    "cupytron_tp2": "tp=2",
-    "cupytron_dp4": "4 ranks",
-    "cupytron_tp2_dp4": "8 ranks",
-    "torch_eager": "eager",
-    "torch_compiled": "compiled",
-    "torch_eager_avx512": "eager, AVX-512",
-    "torch_compiled_avx512": "compiled, AVX-512",
-}
-RATIOS = {
-    "as_installed": "as installed",
-    "avx512": "AVX-512",
-    "as_installed_2_ranks": "2 ranks, as installed",
-    "avx512_2_ranks": "2 ranks, AVX-512",
-    "cupytron_dp2_to_one_process": "2 ranks, one process",
-    "cupytron_tp2_to_one_process": "tp=2, one process",
+# title -> contenders and ratios of one pair of tables
+TABLES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "One process, and PyTorch": (
+        {
+            "cupytron": "cupytron",
+            "torch_eager": "eager",
+            "torch_compiled": "compiled",
+            "torch_eager_avx512": "eager, AVX-512",
+            "torch_compiled_avx512": "compiled, AVX-512",
+        },
+        {"as_installed": "to PyTorch", "avx512": "to AVX-512"},
+    ),
+    "Ranks with one thread each (2 ranks: dp=2, ZeRO 1)": (
+        {
+            "cupytron": "one process",
+            "cupytron_dp2": "2 ranks",
+            "cupytron_tp2": "tp=2",
+            "cupytron_dp4": "4 ranks",
+            "cupytron_tp2_dp4": "8 ranks",
+        },
+        {
+            "as_installed_2_ranks": "2 ranks to PyTorch",
+            "avx512_2_ranks": "to AVX-512",
+            "cupytron_dp2_to_one_process": "to one process",
+            "cupytron_tp2_to_one_process": "tp=2 to one process",
+        },
+    ),
 }
 
 
@@ -37,14 +46,15 @@ def _memory(run: dict[str, Any]) -> str:
     return f"{run['peak_memory_bytes'] / 1e6:.0f} MB"
 
 
-def _rows(record: dict[str, Any], ratio: str) -> list[list[str]]:
+def _rows(record: dict[str, Any], title: str, ratio: str) -> list[list[str]]:
     """Header and a row for each setting; a contender that failed is shown as that."""
+    columns, ratios = TABLES[title]
     summaries = {name: found["summary"] for name, found in record["settings"].items()}
-    keys = [key for key in COLUMNS if any(key in s["contenders"] for s in summaries.values())]
-    kinds = [kind for kind in RATIOS if any(kind in s["ratios"] for s in summaries.values())]
+    keys = [key for key in columns if any(key in s["contenders"] for s in summaries.values())]
+    kinds = [kind for kind in ratios if any(kind in s["ratios"] for s in summaries.values())]
     cell = _time if ratio == "speed" else _memory
-    rows = [["setting", "parameters", *(COLUMNS[key] for key in keys)]]
-    rows[0] += [f"{ratio}, {RATIOS[kind]}" for kind in kinds]
+    rows = [["setting", "parameters", *(columns[key] for key in keys)]]
+    rows[0] += [f"{ratio} {ratios[kind]}" for kind in kinds]
     for name, summary in summaries.items():
         runs = [summary["contenders"][key] for key in keys]
         counts = [run["parameters"] for run in runs if "parameters" in run]
@@ -73,10 +83,12 @@ def print_tables(record: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
     print(f"{facts['cpu']}, {facts['cores']} cores; {versions}; {record['date']}")
     print(f"{record['threads']} threads, medians of {record['rounds']} rounds, float32\n")
-    print("Median step, thousands of tokens a second; speed: cupytron's to PyTorch's faster mode")
-    print("\n" + _markdown(_rows(record, "speed")) + "\n")
-    print("Peak memory of the process; memory: cupytron's to the smaller of PyTorch's modes")
-    print("\n" + _markdown(_rows(record, "memory")))
+    print("Median step, thousands of tokens a second; speed: against PyTorch's faster mode.")
+    print("Peak memory of the largest process; memory: against the smaller of PyTorch's modes.")
+    for title in TABLES:
+        print(f"\n{title}\n")
+        print(_markdown(_rows(record, title, "speed")) + "\n")
+        print(_markdown(_rows(record, title, "memory")))
     for name, found in record["settings"].items():
         for key, run in found["summary"]["contenders"].items():
             if "error" in run:
