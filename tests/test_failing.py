@@ -183,3 +183,27 @@ class TestStopping:
             except KeyboardInterrupt:
                 raised = 1
         assert (raised, stop.received) == (raises, signal.SIGINT)
+
+
+def test_the_watchdog_guards_verify_too(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from cupytron.cli.main import run\n"
+        "from cupytron.launcher import launched_rank\n"
+        "from cupytron.trainer import Trainer\n"
+        "inner, calls = Trainer.compute_gradients, []\n"
+        "def stops(self, *batch):\n"
+        "    calls.append(1)\n"
+        "    if self.context.world.size > 1 and launched_rank() == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return inner(self, *batch)\n"
+        "Trainer.compute_gradients = stops\n"
+        "run(['verify', '--dp', '2', '--timeout', '2'])\n"
+    )
+    argv, env = launch("mpich", RANKS, [sys.executable, str(script)])
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 66, done.stderr
+    assert (
+        "error: rank 0: no progress for 2 seconds" in done.stderr and "on the mesh" in done.stderr
+    )
