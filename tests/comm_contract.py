@@ -323,6 +323,8 @@ def check_bad_arguments(comm: Communicator) -> None:
             raise AssertionError(words)
 
     refused(lambda: comm.all_reduce(np.zeros((4, 4)).T[:, :2]), "not contiguous")
+    for odd in (np.zeros(3, bool), np.zeros(3, ">f4"), np.zeros(3, complex), np.array(1.0)):
+        refused(lambda x=odd: comm.all_reduce(x), "cannot be sent")
     refused(lambda: comm.send(np.zeros(1), comm.size), "is not a rank")
     refused(lambda: comm.recv(np.zeros(1), -1), "is not a rank")
     refused(lambda: comm.broadcast(np.zeros(1), comm.size), "is not a rank")

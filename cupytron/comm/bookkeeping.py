@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cupytron.comm.half import is_half
 from cupytron.errors import CupytronError
 
 
@@ -78,6 +79,11 @@ class Bookkeeping(ABC):
             raise CommunicationError(
                 f"{operation} on {self.axis}: the array of shape {x.shape} is not contiguous; "
                 "make it so with ascontiguousarray"
+            )
+        if not (x.dtype.kind in "iuf" or is_half(x)) or not x.dtype.isnative or x.ndim == 0:
+            raise CommunicationError(
+                f"{operation} on {self.axis}: an array of shape {x.shape} {x.dtype} cannot be sent; send "
+                "integers or floats of this machine's byte order, with at least one dim"
             )
         self.calls[operation] += 1
         self.bytes[operation] += sent
