@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import signal
+
 import numpy as np
 import pytest
 import runs
@@ -7,6 +9,10 @@ import runs
 from cupytron.config import ModelConfig, resolve_model
 from cupytron.layer import Layer
 from cupytron.model import Transformer
+
+
+# a shell ignores Ctrl-C for what it starts in the background, and that is inherited by every process below
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
