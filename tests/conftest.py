@@ -10,7 +10,6 @@ from cupytron.config import ModelConfig, resolve_model
 from cupytron.layer import Layer
 from cupytron.model import Transformer
 
-
 # a shell ignores Ctrl-C for what it starts in the background, and that is inherited by every process below
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
