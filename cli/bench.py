@@ -21,7 +21,7 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
 
     from cupytron.bench import measure
     from cupytron.comm import open_world
-    from cupytron.mesh_run import check_alike, watched
+    from cupytron.mesh_run import check_alike, watchdog
 
     vocab_size = None
     if config.data.path and config.model.vocab_size is None:
@@ -30,8 +30,8 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
         vocab_size = open_dataset(config.data.path).vocab_size
     world = open_world()
     check_alike(world, settings=config, steps=steps)
-    with watched(world, config.parallel.timeout) as note:
-        result = measure(config, steps, environment, vocab_size, world, note)
+    with watchdog(world, config.parallel.timeout) as dog:
+        result = measure(config, steps, environment, vocab_size, world, dog.note)
     if world.rank:
         return
     if as_json:

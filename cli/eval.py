@@ -4,7 +4,7 @@ import json
 
 import click
 
-from cupytron.cli.options import checkpoint_option, mesh_options, prepare_for_run
+from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
 
 
 @click.command()
@@ -23,23 +23,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
-    prepare_for_run(run)
-
-    from cupytron import load
-    from cupytron.comm import ParallelContext, open_world
-    from cupytron.mesh_run import check_alike, watched
-
-    world = open_world()
-    check_alike(world, run=run, data=data, checkpoint=checkpoint, tp=tp, zero=zero)
-    context = ParallelContext(tp=tp or 1, world=world)
-    first = context.world.rank == 0
-
-    def warn(text: str) -> None:
-        if first:
-            click.echo(f"warning: {text}", err=True)
-
-    with watched(world, timeout) as note:
-        result = load(run, checkpoint, warn, context, zero).evaluate(data, note)
+    opened = trained_model(run, checkpoint, tp or 1, zero, timeout, data=data)
+    with opened as (model, note, first):
+        result = model.evaluate(data, note)
     if not first:
         return
     if as_json:

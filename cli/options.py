@@ -1,9 +1,10 @@
 """The options that choose a run's settings, for every command that needs some."""
 
+import contextlib
 import functools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
+    from cupytron.trained import TrainedModel
+    from cupytron.watchdog import Note
 
 # (names, the key that they set, help); the names are those that users of other systems know.
 # Values stay text here, so that `load_config` tells all errors at once and in one way.
@@ -87,7 +90,7 @@ class Settings:
                 file = str(own)
         if not mesh:
             return load_config(self.preset, file, self.overrides)
-        from cupytron.process import launched_tasks
+        from cupytron.launcher import launched_tasks
 
         ranks, moved = launched_tasks(), []
         if file != self.file:
@@ -150,6 +153,37 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+@contextlib.contextmanager
+def trained_model(
+    run: str, checkpoint: str, tp: int, zero: int, timeout: float, **choices: Any
+) -> Iterator[tuple["TrainedModel", "Note", bool]]:
+    """A run's model on the mesh of all processes, watched while this lasts.
+
+    Args:
+        run, checkpoint, tp, zero, timeout: the command's options.
+        choices: its others, in which the ranks must agree, too.
+
+    Yields: the model, the watchdog's note, and whether this rank is the one that speaks.
+    """
+    prepare_for_run(run)
+
+    from cupytron import load
+    from cupytron.comm import ParallelContext, open_world
+    from cupytron.mesh_run import check_alike, watchdog
+
+    world = open_world()
+    first = world.rank == 0
+    check_alike(world, run=run, checkpoint=checkpoint, tp=tp, zero=zero, **choices)
+
+    def warn(text: str) -> None:
+        if first:
+            click.echo(f"warning: {text}", err=True)
+
+    with watchdog(world, timeout) as dog:
+        context = ParallelContext(tp=tp, world=world)
+        yield load(run, checkpoint, warn, context, zero), dog.note, first
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,10 +1,12 @@
 """cupytron sample."""
 
 import sys
+from typing import Any
 
 import click
 
-from cupytron.cli.options import checkpoint_option, mesh_options, prepare_for_run
+from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
+from cupytron.launcher import launched_tasks
 
 
 @click.command()
@@ -44,55 +46,22 @@ def command(
     A text ends after N tokens, or where the model ends the document. Under mpirun the ranks share the
     model, and write what one process would.
     """
-    prepare_for_run(run)
-
-    from cupytron import load
-    from cupytron.comm import ParallelContext, open_world
-    from cupytron.mesh_run import check_alike, watched
-
-    world = open_world()
-    check_alike(
-        world,
-        run=run,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        num_samples=num_samples,
-        seed=seed,
-        checkpoint=checkpoint,
-        tp=tp,
-        zero=zero,
-    )
     # ranks share the layers, unless told otherwise: replicas would all write the same
-    context = ParallelContext(tp=tp or (1 if zero else world.size), world=world)
-    first = world.rank == 0
+    tp = tp or (1 if zero else launched_tasks())
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    what = {"prompt": prompt, "max_new_tokens": max_new_tokens, "num_samples": num_samples}
+    with trained_model(run, checkpoint, tp, zero, timeout, **what, **how) as (model, note, first):
 
-    def warn(text: str) -> None:
-        if first:
-            click.echo(f"warning: {text}", err=True)
+        def tell(text: str) -> None:
+            if first:
+                write(text)
 
-    def tell(text: str) -> None:
-        if first:
-            write(text)
-
-    with watched(world, timeout) as note:
-        model = load(run, checkpoint, warn, context, zero)
         if prompt is None:
             prompt = model.default_prompt()
         for sample in range(num_samples):
             if num_samples > 1:
                 tell(f"--- sample {sample + 1} of {num_samples}\n")
-            pieces = model.stream(
-                prompt,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                sample=sample,
-            )
+            pieces = model.stream(prompt, max_new_tokens, **how, sample=sample)
             first_piece = next(pieces, "")  # errors come before the prompt is echoed
             tell(prompt + first_piece)
             for text in pieces:

@@ -44,15 +44,15 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
 
     from cupytron import verify
     from cupytron.comm import open_world
-    from cupytron.mesh_run import check_alike, watched
+    from cupytron.mesh_run import check_alike, watchdog
 
     world = open_world()
     check_alike(world, steps=steps, cases=[str(config) for _, config in configs])
     failed = 0
     found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
-        with watched(world, config.parallel.timeout) as note:
-            report = verify.run(config, steps, world, found, note)
+        with watchdog(world, config.parallel.timeout) as dog:
+            report = verify.run(config, steps, world, found, dog.note)
         failed += not report.ok
         if world.rank == 0:
             if as_json:
@@ -89,7 +89,7 @@ def _config(settings: Settings, line: str | None) -> "RunConfig":
     """
     from cupytron.config import load_config
     from cupytron.errors import ConfigError
-    from cupytron.process import launched_tasks
+    from cupytron.launcher import launched_tasks
 
     # before what was given, so that it wins
     start = ["train.dtype=float64"]

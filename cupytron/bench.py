@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from cupytron.config import RunConfig, flops_per_token
 from cupytron.metrics import gflops, peak_memory_bytes
 from cupytron.process import note_loaded_blas
 from cupytron.trainer import Trainer
+from cupytron.watchdog import Note, unwatched
 
 WARMUP = 3  # steps that are not counted: first allocations, page faults
 
@@ -22,7 +22,7 @@ def measure(
     environment: dict[str, Any],
     vocab_size: int | None = None,
     world: Communicator | None = None,
-    note: Callable[[int, str], None] = lambda step, phase: None,
+    note: Note = unwatched,
 ) -> dict[str, Any]:
     """Train `steps` steps on random tokens and say how long one takes. Collective over `world`.
 

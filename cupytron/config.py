@@ -297,6 +297,18 @@ def load_config(
     return reader.finish(*([lambda config: check_mesh(config, ranks)] if check else []))
 
 
+def require_mesh(config: RunConfig, tp: int, pp: int, dp: int) -> None:
+    """Refuse settings that do not fit a mesh of these sizes, whatever their own say.
+
+    Raises:
+        ConfigError: a line for everything that is wrong.
+    """
+    sizes = config.parallel.model_copy(update={"tp": tp, "pp": pp, "dp": dp})
+    problems = check_mesh(config.model_copy(update={"parallel": sizes}))
+    if lines := [problem.message for problem in problems]:
+        raise ConfigError("\n".join(lines))
+
+
 def resolve_model(model: ModelConfig, vocab_size: int | None, sequence_length: int) -> ModelConfig:
     """The model with every None filled in.
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from cupytron.config import ModelConfig, RunConfig
 
 MOST_CHOICES = 9
+MOST_REPLICAS = 64  # of deterministic training: a power of two, the leaves of its tree of sums
 
 
 class Problem(NamedTuple):
@@ -131,11 +132,11 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
             f"train.micro_batch={train.micro_batch} times dp={dp}; choose {choices}, or a smaller "
             "micro_batch",
         )
-    if dp and train.deterministic and 64 % dp:
+    if dp and train.deterministic and MOST_REPLICAS % dp:
         yield Problem(
             ("train.deterministic", "parallel.dp"),
             f"train.deterministic=true: dp={dp} replicas cannot be the levels of a binary tree; choose "
-            "dp from 1, 2, 4, 8, 16, 32, 64",
+            f"dp from {', '.join(map(str, divisors(MOST_REPLICAS)))}",
         )
 
 

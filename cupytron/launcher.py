@@ -3,9 +3,12 @@
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 from cupytron.errors import CupytronError
+
+_LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
 
 
 # Open MPI, MPICH and its relatives, then srun. The first that is there counts: mpirun inside a Slurm job
@@ -40,6 +43,26 @@ def local_ranks() -> int:
     return nodes[node] if node < len(nodes) else max(nodes, default=tasks)
 
 
+def launcher_pid() -> int | None:
+    """The launcher's process, where it is an ancestor of this one."""
+    pid, found = os.getppid(), None
+    while pid > 1:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            break
+        name, rest = stat.rpartition(")")[0].partition("(")[2], stat.rpartition(")")[2].split()
+        if name.startswith(_LAUNCHERS):
+            found = pid  # the outermost: a node's helper process hears of no signal
+        pid = int(rest[1])
+    return found
+
+
+def under_open_mpi() -> bool:
+    """Whether Open MPI's launcher started this process."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ
+
+
 def _said(*names: str) -> int | None:
     """The number in the first of these environment variables that holds one."""
     values = (os.environ.get(name, "") for name in names)
@@ -68,7 +91,7 @@ def begin_mpi() -> Any:
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip()
     ours = "Open MPI" in library
     # its launchers leave marks; on anybody else's, beginning with MPI may end the process
-    belongs = ours if "OMPI_COMM_WORLD_SIZE" in os.environ else not ours or not _said("PMI_SIZE")
+    belongs = ours if under_open_mpi() else not ours or not _said("PMI_SIZE")
     if belongs and not MPI.Is_initialized():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,8 +1,6 @@
 """What a run of several ranks needs besides training: one data set for all, lines about the mesh."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,8 @@ from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig
 from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError
-from cupytron.launcher import launched_tasks
+from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.watchdog import Watchdog
-
-_LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
 
 
 def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
@@ -33,19 +29,21 @@ def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
     return dataset
 
 
-def check_alike(world: Communicator, **values: Any) -> None:
+def check_alike(world: Communicator, free: Collection[str] = (), **values: Any) -> None:
     """Refuse ranks that were told different things: they would train different models, or wait for ever.
 
     Args:
+        free: settings, such as "parallel.threads", in which ranks may differ.
         values: what all ranks should have; a RunConfig is compared key by key.
 
     Raises:
         ConfigError: the same on every rank, naming the first rank that differs and what it has.
     """
-    said = world.gather_objects(dict(_flat(values)))
-    for rank, other in enumerate(said):
-        lines = [f"{key}: {other.get(key)} there, {said[0].get(key)} on rank 0" for key in said[0]
-                 if other.get(key) != said[0].get(key)]  # fmt: skip
+    mine = {key: value for key, value in _flat(values) if key not in free}
+    wanted, *others = world.gather_objects(mine)
+    for rank, other in enumerate(others, start=1):
+        different = [key for key in wanted if other.get(key) != wanted[key]]
+        lines = [f"{key}: {other.get(key)} there, {wanted[key]} on rank 0" for key in different]
         if lines:
             raise ConfigError(
                 f"rank {rank} was started with other settings than rank 0: {'; '.join(lines)}; start all "
@@ -62,12 +60,15 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-@contextlib.contextmanager
-def watched(world: Communicator, timeout: float) -> Iterator[Callable[[int, str], None]]:
-    """A watchdog while this lasts, for several processes; gives the function that notes progress."""
-    several = world.size > 1 and launched_tasks() > 1
-    with Watchdog(timeout if several else 0, world.rank, lambda: world.operation or "") as watchdog:
-        yield watchdog.note
+def watchdog(world: Communicator, timeout: float, mesh: ParallelContext | None = None) -> Watchdog:
+    """A watchdog for this rank, if there are others.
+
+    Args:
+        timeout: seconds without progress; 0: never.
+        mesh: whose groups the rank may wait in; None: the world's collectives alone.
+    """
+    groups = mesh or world
+    return Watchdog(timeout if world.size > 1 else 0, world.rank, lambda: groups.operation or "")
 
 
 def absolute(path: Path) -> str:
@@ -88,22 +89,7 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
     if launched_tasks() == 1:
         return  # threads
     ctrl_c = ""
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    if under_open_mpi():
         # it kills its ranks half a second after Ctrl-C: too soon for most saves
         ctrl_c = "; under Open MPI Ctrl-C and SIGTERM may lose the steps since the last save"
     yield f"to save and stop: kill -USR1 {launcher_pid() or 'PID of mpirun'}{ctrl_c}"
-
-
-def launcher_pid() -> int | None:
-    """The launcher's process, where it is an ancestor of this one."""
-    pid, found = os.getppid(), None
-    while pid > 1:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            break
-        name, rest = stat.rpartition(")")[0].partition("(")[2], stat.rpartition(")")[2].split()
-        if name.startswith(_LAUNCHERS):
-            found = pid  # the outermost: a node's helper process hears of no signal
-        pid = int(rest[1])
-    return found

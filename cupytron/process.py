@@ -17,8 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cupytron.launcher import launched_rank as launched_rank
-from cupytron.launcher import launched_tasks as launched_tasks
 from cupytron.launcher import local_ranks
 
 # Measured in a child process: the time of a few float32 products, the best of several.

@@ -23,7 +23,6 @@ from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
 from cupytron.trainer import NotFinite, Trainer
-from cupytron.watchdog import Watchdog
 
 
 @dataclasses.dataclass
@@ -66,9 +65,10 @@ def train(
     folder, world = RunFolder(out), world or SelfCommunicator()
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
-    own = {"threads": None, "blas_kernel": "off", "malloc": True}  # a node's own business
-    shared = config.model_copy(update={"parallel": config.parallel.model_copy(update=own)})
-    mesh_run.check_alike(world, settings=shared, out=str(out), resume=resume, init=str(init_from))
+    own = ("parallel.threads", "parallel.blas_kernel", "parallel.malloc")  # a node's business
+    mesh_run.check_alike(
+        world, own, settings=config, out=str(out), resume=resume, init=str(init_from)
+    )
     context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
     folder.check_new()
     if folder.steps() and resume == "never":
@@ -126,8 +126,7 @@ class _Run:
         self.val_loss: float | None = None  # of the current step, if it was evaluated
         self.stop = StopRequest()
         self.phase = "at the start"
-        timeout = config.parallel.timeout if self.world.size > 1 else 0
-        self.watchdog = Watchdog(timeout, self.world.rank, lambda: context.operation or "")
+        self.watchdog = mesh_run.watchdog(self.world, config.parallel.timeout, context)
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
@@ -309,9 +308,8 @@ class _Run:
         due = step == self.config.train.max_steps or (every > 0 and step % every == 0)
         if self._evaluation_due():
             self._evaluate()
-            due |= (
-                self._is_best()
-            )  # the best weights are kept, so they are saved when they are found
+            # the best weights are kept, so they are saved when they are found
+            due |= self._is_best()
         if due and self.stop.signal is None:
             self._save()
 

@@ -18,6 +18,7 @@ from cupytron.model import Transformer
 from cupytron.parallel.plan import build
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import evaluate, load_buckets
+from cupytron.watchdog import Note, unwatched
 
 
 class TrainedModel:
@@ -102,9 +103,7 @@ class TrainedModel:
         """The text after `prompt`; options as in `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, **options))
 
-    def evaluate(
-        self, data: str | Path | None = None, note: Callable[[int, str], None] | None = None
-    ) -> dict[str, Any]:
+    def evaluate(self, data: str | Path | None = None, note: Note = unwatched) -> dict[str, Any]:
         """Loss over the whole validation split.
 
         Args:
@@ -131,9 +130,8 @@ class TrainedModel:
             )
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
-        if note is not None:
-            batches = _noted(batches, self.step, note)
-        total, counted = evaluate(self.model, batches, self.context.dp)
+        noted = _noted(batches, self.step, note)
+        total, counted = evaluate(self.model, noted, self.context.dp)
         loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
             "val_loss": loss,
@@ -144,7 +142,7 @@ class TrainedModel:
         }
 
 
-def _noted(batches: Iterator[Any], step: int, note: Callable[[int, str], None]) -> Iterator[Any]:
+def _noted(batches: Iterator[Any], step: int, note: Note) -> Iterator[Any]:
     for batch in batches:
         note(step, "evaluating")
         yield batch

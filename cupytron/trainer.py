@@ -10,7 +10,7 @@ from cupytron import ops, optim
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_model
-from cupytron.errors import CheckpointError, ConfigError, CupytronError
+from cupytron.errors import CheckpointError, CupytronError
 from cupytron.layer import Parameter
 from cupytron.model import Transformer
 from cupytron.parallel import schedules
@@ -156,17 +156,8 @@ def local_sequences(config: RunConfig, replica: int, replicas: int) -> np.ndarra
     """Which of a step's sequences a replica trains on: those of its micro-batches, in their order.
 
     Micro-batch m belongs to replica m % replicas.
-
-    Raises:
-        ConfigError: the micro-batches cannot be shared out evenly.
     """
     size = config.train.micro_batch
-    if config.global_batch % (size * replicas):
-        low = max(1, config.global_batch // (size * replicas)) * size * replicas
-        raise ConfigError(
-            f"train.global_batch={config.global_batch}: is not a multiple of train.micro_batch={size} "
-            f"times dp={replicas}; choose {low} or {low + size * replicas}"
-        )
     first = np.arange(replica, config.micro_batches, replicas) * size
     return (first[:, None] + np.arange(size)).reshape(-1)
 

@@ -8,7 +8,7 @@ of them hide wrong means.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +17,12 @@ from cupytron import ops, optim
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import RunConfig
 from cupytron.errors import CupytronError
-from cupytron.layer import Init, Layer, Parameter
+from cupytron.layer import Init, Layer
 from cupytron.ops import philox
 from cupytron.parallel import schedules
 from cupytron.parallel.pipeline import cut, run_schedule
 from cupytron.trainer import Trainer
+from cupytron.watchdog import Note, unwatched
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-3}
 GRADIENT_TOLERANCE = 1e-6  # of the one process, against finite differences
@@ -82,14 +83,7 @@ class Reference(NamedTuple):
     gradient_error: float | None
 
 
-Note = Callable[[int, str], None]  # (step, what comes next): a watchdog's
-
-
-def _quiet(step: int, phase: str) -> None:
-    pass
-
-
-def reference(config: RunConfig, steps: int, note: Note = _quiet) -> Reference:
+def reference(config: RunConfig, steps: int, note: Note = unwatched) -> Reference:
     """Train on one process. config.model.vocab_size is set."""
     trainer = _trainer(one_process(config), ParallelContext())
     error = _gradient_error(trainer) if config.train.dtype == "float64" else None
@@ -98,7 +92,11 @@ def reference(config: RunConfig, steps: int, note: Note = _quiet) -> Reference:
         note(trainer.step, "on one process")
         batch = _batch(trainer)
         loss = trainer.compute_gradients(*batch)
-        gradients = {n: p.grad.copy() for n, p in _with_gradients(trainer)}
+        gradients = {
+            parameter.name: bucket.gradient[start:stop].reshape(parameter.shape).copy()
+            for bucket in trainer.zero.buckets
+            for parameter, start, stop in bucket.segments
+        }
         trainer.apply_gradients()
         weights = {n: p.data.copy() for n, p in trainer.model.named_parameters()}
         done.append(Step(loss, gradients, weights))
@@ -112,7 +110,7 @@ def one_process(config: RunConfig) -> RunConfig:
 
 
 def compare(
-    config: RunConfig, context: ParallelContext, one: Reference, note: Note = _quiet
+    config: RunConfig, context: ParallelContext, one: Reference, note: Note = unwatched
 ) -> Report:
     """Train on the mesh, step by step beside the reference. Collective over context.world."""
     trainer = _trainer(config, context)
@@ -121,13 +119,14 @@ def compare(
     for number, expected in enumerate(one.steps, start=1):
         note(trainer.step, "on the mesh")
         loss = trainer.compute_gradients(*_batch(trainer))
-        _note(found, number, "loss", "loss", _error(np.array(loss), np.array(expected.loss)))
-        for name, mine, whole in _held(trainer, "gradient", expected.gradients):
-            _note(found, number, "gradient", name, _error(mine, whole))
+        error = _error(np.array(loss), np.array(expected.loss), np.array(expected.loss))
+        _note(found, number, "loss", "loss", error)
+        for name, mine, same, whole in _held(trainer, "gradient", expected.gradients):
+            _note(found, number, "gradient", name, _error(mine, same, whole))
         trainer.apply_gradients()
         slack += _rounding_moves(trainer)
-        for name, mine, whole in _held(trainer, "weights", expected.weights):
-            _note(found, number, "weight", name, _error(mine, whole, slack))
+        for name, mine, same, whole in _held(trainer, "weights", expected.weights):
+            _note(found, number, "weight", name, _error(mine, same, whole, slack))
         replicas_equal &= _replicas_equal(trainer)
     everyone = context.world.gather_objects((found, replicas_equal, _groups_right(context)))
     worst: dict[tuple[str, str], Difference] = {}
@@ -178,16 +177,9 @@ def _batch(trainer: Trainer) -> tuple[Any, Any]:
     return inputs[mine], targets[mine]
 
 
-def _with_gradients(trainer: Trainer) -> Iterator[tuple[str, Parameter]]:
-    """One process's parameters, their `grad` the step's."""
-    for bucket in trainer.zero.buckets:
-        bucket.set_grad(bucket.gradient)
-        yield from ((parameter.name, parameter) for parameter, _, _ in bucket.segments)
-        if trainer.zero.parts_at_once:
-            bucket.set_grad(None)
-
-
-def _held(trainer: Trainer, kind: str, whole: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _held(
+    trainer: Trainer, kind: str, whole: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any, Any]]:
     """What this rank holds of each tensor, the same elements of the reference, and that as a whole."""
     for bucket in trainer.zero.buckets:
         # all of the weights where they are here, so that a replica that missed an update is seen
@@ -197,11 +189,11 @@ def _held(trainer: Trainer, kind: str, whole: dict[str, Any]) -> Iterator[tuple[
         for parameter, inside, place in bucket.parts(within):
             mine = flat[place] if everything else flat[bucket.local(place)]
             expected = whole[parameter.name]
-            yield parameter.name, mine, (expected[parameter.box].reshape(-1)[inside], expected)
+            yield parameter.name, mine, expected[parameter.box].reshape(-1)[inside], expected
 
 
-def _error(mine: Any, expected: Any, slack: float = 0.0) -> float:
-    same, whole = expected if isinstance(expected, tuple) else (expected, expected)
+def _error(mine: Any, same: Any, whole: Any, slack: float = 0.0) -> float:
+    """max|mine - same| beyond the slack, relative to the largest of the whole tensor."""
     difference = float(abs(mine - same).max())
     # max(0, NaN) would be 0
     difference = difference - slack if difference > slack or np.isnan(difference) else 0.0
@@ -214,12 +206,8 @@ def _rounding_moves(trainer: Trainer) -> float:
     AdamW divides a gradient by its own size. Where the true one is zero (a key's bias: softmax does not see
     it) that is rounding, and each mesh may take a step of the learning rate in another direction.
     """
-    config = trainer.config
-    if (
-        config.train.dtype == "float64"
-        or config.optim.name != "adamw"
-        or config.train.deterministic
-    ):
+    config, train = trainer.config, trainer.config.train
+    if train.dtype == "float64" or train.deterministic or config.optim.name != "adamw":
         return 0.0
     return 2 * optim.learning_rate(config, trainer.step - 1)
 
@@ -304,7 +292,7 @@ def run(
     steps: int = 3,
     world: Communicator | None = None,
     found: dict[Any, Reference] | None = None,
-    note: Note = _quiet,
+    note: Note = unwatched,
 ) -> Report:
     """Train on one process and on the mesh, and compare.
 
@@ -334,9 +322,10 @@ def run(
         found[key] = reference(config, steps, note)
     if world.size == 1:
         timeout = parallel.timeout or 10.0**7
-        return run_ranks(size, lambda ranks: _compare(config, ranks, found[key], _quiet), timeout)[
-            0
-        ]
+        reports = run_ranks(
+            size, lambda ranks: _compare(config, ranks, found[key], unwatched), timeout
+        )
+        return reports[0]
     # a case may need fewer ranks than there are
     group = world.split(int(world.rank >= size), world.rank, "world")
     report = _compare(config, group, found[key], note) if world.rank < size else None

@@ -12,6 +12,13 @@ STUCK = 66  # exit code: no progress for too long
 _LATER = 1.0  # seconds that a rank which waits for others leaves them to speak first
 
 
+Note = Callable[[int, str], None]  # Watchdog.note: (step, what comes next)
+
+
+def unwatched(step: int, phase: str) -> None:
+    """A Note where nobody watches."""
+
+
 class Watchdog:
     """Ends the job with exit code 66 if `note` was not called for some time; a context manager.
 

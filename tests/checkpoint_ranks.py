@@ -82,21 +82,12 @@ def check_a_failing_rank_fails_all(comm: Communicator, folder: Path) -> None:
 def main() -> None:
     from cupytron.comm.mpi import MPICommunicator
 
-    comm = MPICommunicator()
-    check_round_trip(comm, Path(sys.argv[1]))
-    check_a_failing_rank_fails_all(comm, Path(sys.argv[1]))
-    if comm.rank == 0:
-        print(f"written and read by {comm.size} ranks", flush=True)
+    with MPICommunicator() as comm:  # a rank that fails ends all
+        check_round_trip(comm, Path(sys.argv[1]))
+        check_a_failing_rank_fails_all(comm, Path(sys.argv[1]))
+        if comm.rank == 0:
+            print(f"written and read by {comm.size} ranks", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        import traceback
-
-        from mpi4py import MPI
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
+    main()

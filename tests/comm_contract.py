@@ -365,27 +365,18 @@ CHECKS = [value for name, value in list(globals().items()) if name.startswith("c
 def main() -> None:
     from cupytron.comm.mpi import MPICommunicator
 
-    comm = MPICommunicator()
-    if sys.argv[1:]:
-        check_groups_can_be_closed(comm, int(sys.argv[1]))
+    with MPICommunicator() as comm:  # a rank that fails ends all
+        if sys.argv[1:]:
+            check_groups_can_be_closed(comm, int(sys.argv[1]))
+            if comm.rank == 0:
+                print(f"{sys.argv[1]} groups on {comm.size} ranks", flush=True)
+            return
+        for check in CHECKS:
+            check(comm)
+            comm.barrier()
         if comm.rank == 0:
-            print(f"{sys.argv[1]} groups on {comm.size} ranks", flush=True)
-        return
-    for check in CHECKS:
-        check(comm)
-        comm.barrier()
-    if comm.rank == 0:
-        print(f"{len(CHECKS)} checks on {comm.size} ranks", flush=True)
+            print(f"{len(CHECKS)} checks on {comm.size} ranks", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        import traceback
-
-        from mpi4py import MPI
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
+    main()

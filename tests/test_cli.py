@@ -9,7 +9,7 @@ import pytest
 from launchers import NAMES, launch
 from runs import TINY, command, cupytron, kill_when, make_data, run_here, start
 
-from cupytron import process
+from cupytron import launcher, process
 from cupytron.run_folder import RunFolder
 
 
@@ -261,9 +261,9 @@ class TestProcess:
     )
     def test_launchers_are_seen(self, monkeypatch, name):
         monkeypatch.setenv(name, "3")
-        assert process.launched_tasks() == 3
+        assert launcher.launched_tasks() == 3
         monkeypatch.setenv(name, "x")
-        assert process.launched_tasks() == 1
+        assert launcher.launched_tasks() == 1
 
     @pytest.mark.parametrize(
         ("environment", "tasks", "rank", "local"),
@@ -306,8 +306,8 @@ class TestProcess:
                 monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        assert process.launched_tasks() == tasks
-        assert process.launched_rank() == rank
+        assert launcher.launched_tasks() == tasks
+        assert launcher.launched_rank() == rank
         assert process.local_ranks() == local
 
     @pytest.mark.parametrize(

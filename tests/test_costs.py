@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from meshes import config, on_mesh
 
-from cupytron.comm import ParallelContext, run_ranks
+from cupytron.comm import ParallelContext
+from cupytron.config import resolve_model
 from cupytron.layer import MicroBatch, Stash
 from cupytron.parallel.plan import build
 
@@ -218,20 +219,10 @@ def test_sequence_parallelism_divides_the_activations(tp):
 def test_a_mesh_of_one_rank_changes_no_layer():
     """A tensor axis of one rank must cost nothing."""
     settings = case()
-    model, _ = build(settings, settings.model.model_copy(update=_resolved(settings)), alone())
+    model, _ = build(settings, resolve_model(settings.model, None, S), ParallelContext())
     assert {type(layer).__module__ for _, layer in model.named_layers()} <= {
         "cupytron.model",
         *(f"cupytron.nn.{n}" for n in ("attention", "block", "dropout", "embedding", "linear")),
         "cupytron.nn.mlp",
         "cupytron.nn.norm",
     }
-
-
-def _resolved(settings):
-    from cupytron.config import resolve_model
-
-    return resolve_model(settings.model, None, S).model_dump()
-
-
-def alone():
-    return run_ranks(1, lambda world: ParallelContext(world=world))[0]

@@ -199,10 +199,6 @@ def test_a_loss_scaled_by_each_rank_is_seen(monkeypatch):
 # what does not fit is refused
 
 
-def parallelize(model, context, **patterns):
-    plan.parallelize(model, context, **patterns)
-
-
 @pytest.mark.parametrize(
     ("patterns", "words"),
     [
@@ -235,12 +231,14 @@ def test_patterns_that_cannot_be_meant_are_refused(patterns, words):
     from cupytron.model import Transformer
 
     def body(world):
-        parallelize(Transformer(small_config()), ParallelContext(tp=2, world=world), **patterns)
+        plan.parallelize(
+            Transformer(small_config()), ParallelContext(tp=2, world=world), **patterns
+        )
 
     with pytest.raises(ValueError, match=words):
         run_ranks(2, body)
     with pytest.raises(ValueError, match=words):  # one rank hears of it too
-        parallelize(Transformer(small_config()), ParallelContext(), **patterns)
+        plan.parallelize(Transformer(small_config()), ParallelContext(), **patterns)
 
 
 def test_heads_that_tp_does_not_divide_are_refused_with_the_list():

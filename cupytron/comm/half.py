@@ -19,9 +19,12 @@ def bits(x: Any) -> Any:
 
 
 def ordered_sum(parts: Any, out: Any) -> None:
-    """out = parts[0] + parts[1] + ...: one after the other, in float32, rounded once."""
+    """out = parts[0] + parts[1] + ...: one after the other; 16-bit floats in float32, rounded once."""
     # a sum over an axis would add in another order where NumPy finds it convenient
-    total = parts[0].astype(np.float32)
-    for part in parts[1:]:
-        total += part.astype(np.float32)
-    out[...] = total.reshape(out.shape)
+    first, *others = (part.reshape(out.shape) for part in parts)
+    total = np.empty(out.shape, np.float32) if is_half(out) else out
+    total[...] = first
+    for part in others:
+        total += part
+    if total is not out:
+        out[...] = total

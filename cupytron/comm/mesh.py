@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from cupytron.comm.alone import SelfCommunicator
 from cupytron.comm.communicator import Communicator
+from cupytron.config_checks import divisors
 from cupytron.errors import CupytronError
 
 AXES = ("pp", "dp", "tp")  # outermost first: tensor-parallel ranks are neighbours
@@ -89,11 +90,10 @@ def _complete(ranks: int, tp: int, pp: int, dp: int | None) -> dict[str, int]:
 
 
 def _fitting(ranks: int) -> str:
-    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
     fits = [
         f"tp={tp} pp={pp} dp={ranks // tp // pp}"
-        for tp in divisors
-        for pp in divisors
+        for tp in divisors(ranks)
+        for pp in divisors(ranks)
         if ranks % (tp * pp) == 0
     ]
     return "; ".join(fits[:12]) + ("; ..." if len(fits) > 12 else "")

@@ -8,6 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from cupytron.comm.communicator import Communicator
+from cupytron.comm.half import ordered_sum
 from cupytron.errors import CupytronError
 from cupytron.failing import end_job
 
@@ -92,10 +93,7 @@ class MPICommunicator(Communicator):
 
         def finish() -> None:
             wait()
-            first, *others = parts.reshape(self.size, *out.shape)
-            out[...] = first
-            for other in others:
-                out[...] += other
+            ordered_sum(parts.reshape(self.size, *out.shape), out)
 
         return finish
 

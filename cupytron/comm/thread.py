@@ -11,6 +11,7 @@ from typing import Any
 
 from cupytron.comm.bookkeeping import CommunicationError
 from cupytron.comm.communicator import Communicator
+from cupytron.comm.half import ordered_sum
 from cupytron.errors import CupytronError
 
 TIMEOUT = 60.0  # seconds; a test's deadlock becomes a sentence
@@ -102,13 +103,7 @@ class ThreadCommunicator(Communicator):
     def _all_reduce(self, x: Any) -> Callable[[], None]:
         wait = self._meet("all_reduce", x.copy())
 
-        def finish() -> None:
-            first, *others = wait()
-            x[...] = first
-            for other in others:
-                x[...] += other
-
-        return finish
+        return lambda: ordered_sum(wait(), x)
 
     def _all_gather(self, x: Any, out: Any, in_place: bool) -> Callable[[], None]:
         wait = self._meet("all_gather", x.copy())
@@ -123,13 +118,7 @@ class ThreadCommunicator(Communicator):
         wait = self._meet("reduce_scatter", x.copy())
         mine = slice(self.rank * len(out), (self.rank + 1) * len(out))
 
-        def finish() -> None:
-            first, *others = wait()
-            out[...] = first[mine]
-            for other in others:
-                out[...] += other[mine]
-
-        return finish
+        return lambda: ordered_sum([part[mine] for part in wait()], out)
 
     def _all_to_all(self, x: Any, out: Any) -> Callable[[], None]:
         wait = self._meet("all_to_all", x.copy())

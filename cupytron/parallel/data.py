@@ -33,10 +33,12 @@ class TreeSum:
 
     def take(self) -> Any:
         """The sum of all arrays (None if there were none); counting starts again."""
-        total = None
-        for x in reversed(self._sums):
-            total = x if total is None else total.__iadd__(x)
-        self._sums, self._count = [], 0
+        if not self._sums:
+            return None
+        total = self._sums.pop()
+        while self._sums:
+            total += self._sums.pop()
+        self._count = 0
         return total
 
 

@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from cupytron.comm import ParallelContext
-from cupytron.config import ModelConfig, RunConfig
+from cupytron.config import ModelConfig, RunConfig, require_mesh
+from cupytron.config_checks import divisors
 from cupytron.errors import ConfigError, CupytronError
 from cupytron.layer import Layer, Parameter
 from cupytron.model import Transformer
@@ -108,12 +109,10 @@ def parallelize(
     for layer in layers.values():
         if isinstance(layer, Attention) and isinstance(layer.qkv, ColumnLinear):
             layer.first_head = tp.rank * layer.num_heads // tp.size
-        if (
-            isinstance(layer, Dropout | LearnedPositions | SinusoidalPositions)
-            and sequence_parallel
-        ):
-            layer.token_shard = tp.rank
     if sequence_parallel:
+        for layer in layers.values():
+            if isinstance(layer, Dropout | LearnedPositions | SinusoidalPositions):
+                layer.token_shard = tp.rank
         for _, parameter in model.named_parameters():
             # what is not cut works on a share of the tokens
             parameter.partial = parameter.whole
@@ -128,20 +127,23 @@ def build(
     Args:
         config: the run's settings. model: resolved (config.resolve_model).
         training: with gradients.
+
+    Raises:
+        ConfigError: the model or the batch does not fit the mesh.
     """
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
+    if training:
+        require_mesh(config, **context.sizes)
     transformer = Transformer(model)  # with Recompute inside, where the settings say so
-    sp = parallel.sp and training
-    if sp:
-        check_tokens(train.micro_batch * train.sequence_length, context.tp.size)
     parallelize(
         transformer,
         context,
         **transformer_plan(transformer),
-        sequence_parallel=sp,
+        sequence_parallel=parallel.sp and training,
         keep_gathered=parallel.sp_keep_gathered,
     )
-    return transformer, Zero(transformer, context, parallel.zero, train.deterministic, training)
+    deterministic = config.train.deterministic
+    return transformer, Zero(transformer, context, parallel.zero, deterministic, training)
 
 
 def transformer_plan(model: Transformer) -> dict[str, list[str]]:
@@ -152,15 +154,6 @@ def transformer_plan(model: Transformer) -> dict[str, list[str]]:
         "row": ["*.attention.out", "*.mlp.down"],
         "vocabulary": ["embedding", "head"],
     }
-
-
-def check_tokens(tokens: int, tp: int) -> None:
-    """Refuse a micro-batch whose tokens sequence parallelism cannot share out evenly."""
-    if tokens % tp:
-        raise ConfigError(
-            f"a micro-batch of {tokens} tokens is not divisible by tp={tp}, as sequence parallelism "
-            "needs it; change train.micro_batch or train.sequence_length, or leave out --sp"
-        )
 
 
 def _match(
@@ -190,6 +183,10 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _child(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
 # in these layers of the library, the first ones feed the last one
 _PAIRS: dict[type, tuple[tuple[str, ...], str]] = {
     Attention: (("qkv",), "out"),
@@ -202,17 +199,14 @@ def _check_pairs(layers: dict[str, Layer], wanted: dict[str, set[str]], sp: bool
     for name, layer in layers.items():
         if type(layer) in _PAIRS:
             ins, out = _PAIRS[type(layer)]
-            start = f"{name}." if name else ""
-            cut = {f"{start}{part}" for part in ins} & wanted["column"]
-            if (
-                len({*(f"{start}{part}" in cut for part in ins), f"{start}{out}" in wanted["row"]})
-                > 1
-            ):
+            cut = [_child(name, part) in wanted["column"] for part in ins]
+            cut.append(_child(name, out) in wanted["row"])
+            if any(cut) and not all(cut):
                 raise CupytronError(
                     f"{name}: {', '.join(ins)} and {out} belong together; match the first with column "
                     "patterns and the last with row patterns, or none of them"
                 )
-            if cut and isinstance(layer, Attention):
+            if any(cut) and isinstance(layer, Attention):
                 continue  # it gets whole sequences
         if sp and not layer.per_token:
             raise CupytronError(
@@ -238,10 +232,9 @@ def _check_pairs(layers: dict[str, Layer], wanted: dict[str, set[str]], sp: bool
 
 def _check_sizes(layers: dict[str, Layer], wanted: dict[str, set[str]], tp: int) -> None:
     for name, layer in layers.items():
-        if isinstance(layer, Attention) and f"{name}.qkv".lstrip(".") in wanted["column"]:
-            heads = layer.num_kv_heads
+        if isinstance(layer, Attention) and _child(name, "qkv") in wanted["column"]:
             # a shard holds whole groups of queries with their key and value
-            _check_divides(f"{name}: num_kv_heads", heads, tp)
+            _check_divides(f"{name}: num_kv_heads", layer.num_kv_heads, tp)
     for name in sorted(wanted["column"] | wanted["row"]):
         linear: Any = layers[name]
         d_in, d_out = linear.weight.shape
@@ -253,5 +246,5 @@ def _check_sizes(layers: dict[str, Layer], wanted: dict[str, set[str]], tp: int)
 
 def _check_divides(what: str, number: int, tp: int) -> None:
     if number % tp:
-        fits = ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+        fits = ", ".join(map(str, divisors(number)))
         raise ConfigError(f"{what}={number} is not divisible by tp={tp}; choose tp from {fits}")

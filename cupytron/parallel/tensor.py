@@ -39,6 +39,9 @@ class Region:
     def leave_backward(self, dy: Any) -> Any:
         return dy
 
+    def tokens_outside(self, inside: int) -> int:
+        return inside
+
 
 class SequenceRegion(Region):
     """The border under sequence parallelism: outside it each rank has its share of the tokens.
@@ -60,6 +63,9 @@ class SequenceRegion(Region):
     def leave_backward(self, dy: Any) -> Any:
         # an all-gather sends contiguous arrays only
         return self.tp.all_gather(backend.array_module(dy).ascontiguousarray(dy))
+
+    def tokens_outside(self, inside: int) -> int:
+        return inside // self.tp.size
 
 
 class Entry:
@@ -111,8 +117,7 @@ class Entry:
         if first:
             return self.region.enter_backward(dx)
         xp = backend.array_module(dx)
-        rows = len(dx) // (self.region.tp.size if isinstance(self.region, SequenceRegion) else 1)
-        return xp.zeros((rows, dx.shape[1]), dx.dtype)
+        return xp.zeros((self.region.tokens_outside(len(dx)), dx.shape[1]), dx.dtype)
 
 
 class ColumnLinear(Layer):

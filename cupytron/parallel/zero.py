@@ -21,6 +21,7 @@ import numpy as np
 
 from cupytron import backend, optim
 from cupytron.comm import ParallelContext
+from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Stash, Wrapper
 from cupytron.parallel import schedules
@@ -28,7 +29,6 @@ from cupytron.parallel.buffer import Bucket, make_buckets, share
 from cupytron.parallel.data import TreeSum, sum_exactly, tree_reduce_scatter
 from cupytron.parallel.pipeline import Work, run_schedule
 
-PIECES = 64  # of a deterministic bucket: the most replicas that give the same bits
 _IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
 
 
@@ -59,9 +59,9 @@ class Zero:
         self.model, self.context, self.dp, self.stage = model, context, context.dp, stage
         self.deterministic, self.training = deterministic, training
         self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
-        pieces = PIECES if deterministic else self.dp.size
-        if PIECES % self.dp.size and deterministic:
-            fits = ", ".join(str(1 << k) for k in range(PIECES.bit_length()))
+        pieces = MOST_REPLICAS if deterministic else self.dp.size
+        if deterministic and MOST_REPLICAS % self.dp.size:
+            fits = ", ".join(map(str, divisors(MOST_REPLICAS)))
             raise CupytronError(
                 f"deterministic training with dp={self.dp.size}: replicas are the levels of a binary "
                 f"tree; choose dp from {fits}"
