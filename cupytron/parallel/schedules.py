@@ -1,13 +1,34 @@
-"""A schedule is data: the list of actions that one pipeline stage runs in a step."""
+"""Schedules: what each stage of a pipeline runs, in which order. A schedule is data; one executor runs all.
 
+With p stages, M micro-batches, v chunks a stage, and a stage's times F (forward), B (gradients of
+activations) and W (gradients of weights) for one micro-batch:
+
+    schedule      bubble: idle time of a stage    micro-batches that stage s keeps at once
+    gpipe         (p - 1)(F + B + W)              M
+    1f1b          (p - 1)(F + B + W)              min(M, p - s)
+    interleaved   (p - 1)(F + B + W) / v          (2(p - s - 1) + (v - 1) p + 1) / v, if p divides M
+    zb-h1         (p - 1)(F + B - W), if M >= p   p - s, and s + 1 that wait for their W
+                  and W <= F; else (p - 1) B
+
+Reference: Huang et al. 2019, "GPipe", arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473 (1F1B with
+flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241 (ZB-H1).
+`parallel/checker.py` proves what stands here, without running anything.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from cupytron.errors import CupytronError
 
 
 class Action(NamedTuple):
     """One thing to do with one micro-batch.
 
     kind: F forward; B backward, gradients of activations; W gradients of weights (only where they
-        are put off; otherwise B makes them too). chunk: which part of the stage's layers.
+        are put off; otherwise B makes them too). chunk: which of the stage's parts of the model.
     """
 
     kind: Literal["F", "B", "W"]
@@ -15,11 +36,216 @@ class Action(NamedTuple):
     chunk: int = 0
 
 
-def gradient_accumulation(micro_batches: int) -> list[Action]:
-    """The schedule of a single stage: each micro-batch forward and backward, one after the other."""
-    return [action for m in range(micro_batches) for action in (Action("F", m), Action("B", m))]
+class Placement(NamedTuple):
+    """Which stage has which parts of the model.
+
+    The model is cut into stages * chunks parts, 0 the first one. They are dealt out round and round:
+    chunk c of stage s is part c * stages + s.
+    """
+
+    stages: int
+    chunks: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Of the whole model."""
+        return self.stages * self.chunks
+
+    def part(self, stage: int, chunk: int) -> int:
+        """Number of a stage's part in the model."""
+        return chunk * self.stages + stage
+
+    def place(self, part: int) -> tuple[int, int]:
+        """Stage and chunk of a part."""
+        chunk, stage = divmod(part, self.stages)
+        return stage, chunk
 
 
-def forward_only(micro_batches: int) -> list[Action]:
-    """Evaluation: each micro-batch forward."""
-    return [Action("F", m) for m in range(micro_batches)]
+class Message(NamedTuple):
+    """An array on its way: what a part's forward ("F") or backward ("B") is run on.
+
+    part: the one that it goes to.
+    """
+
+    kind: Literal["F", "B"]
+    micro_batch: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of a step.
+
+    Attributes:
+        name: such as "1f1b". actions: of each stage, in order.
+    """
+
+    name: str
+    placement: Placement
+    micro_batches: int
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights are put off to a W."""
+        return any(action.kind == "W" for action in self.actions[0])
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return any(action.kind == "B" for action in self.actions[0])
+
+    def needs(self, stage: int, action: Action) -> Message | None:
+        """The message that an action is run on; None: the step's tokens, or what the stage itself has."""
+        part = self.placement.part(stage, action.chunk)
+        if action.kind == "F" and part > 0:
+            return Message("F", action.micro_batch, part)
+        if action.kind == "B" and part < self.placement.parts - 1:
+            return Message("B", action.micro_batch, part)
+        return None
+
+    def gives(self, stage: int, action: Action) -> Message | None:
+        """The message that an action's result is, if another part needs it."""
+        part = self.placement.part(stage, action.chunk)
+        if action.kind == "F" and part < self.placement.parts - 1:
+            return Message("F", action.micro_batch, part + 1)
+        if action.kind == "B" and part > 0:
+            return Message("B", action.micro_batch, part - 1)
+        return None
+
+    def sender(self, message: Message) -> int:
+        """The stage that a message comes from."""
+        before = message.part - 1 if message.kind == "F" else message.part + 1
+        return self.placement.place(before)[0]
+
+    def sent(self, sender: int, receiver: int) -> list[Message]:
+        """What one stage sends to another, in the order in which it does."""
+        given = (self.gives(sender, action) for action in self.actions[sender])
+        return [m for m in given if m and self.placement.place(m.part)[0] == receiver]
+
+
+def gpipe(stages: int, micro_batches: int) -> Iterator[list[Action]]:
+    """All forward, then all backward. Activations kept: M."""
+    for _ in range(stages):
+        yield [Action(kind, m) for kind in ("F", "B") for m in range(micro_batches)]
+
+
+def one_f_one_b(stages: int, micro_batches: int) -> Iterator[list[Action]]:
+    """A stage's backward as early as it can be, and one forward for each. Activations kept: p - s.
+
+    With one stage: each micro-batch forward and backward, one after the other.
+    """
+    for stage in range(stages):
+        yield _alternate(
+            [Action("F", m) for m in range(micro_batches)],
+            [Action("B", m) for m in range(micro_batches)],
+            warmup=stages - 1 - stage,
+        )
+
+
+def interleaved(stages: int, micro_batches: int, chunks: int) -> Iterator[list[Action]]:
+    """1F1B over several parts of the model on each stage: micro-batches go round in groups of p.
+
+    Activations kept: 2(p - s - 1) + (v - 1) p + 1 chunks of 1 / v of the stage's layers each, if p
+    divides M. If it does not, the last group is run as if it were full, without the micro-batches that do
+    not exist.
+    """
+    if chunks == 1:
+        yield from one_f_one_b(stages, micro_batches)
+        return
+    groups = range(0, micro_batches, stages)
+    order = [(m, chunk) for group in groups for chunk in range(chunks) for m in _up(group, stages)]
+    for stage in range(stages):
+        actions = _alternate(
+            [Action("F", m, chunk) for m, chunk in order],
+            [Action("B", m, chunks - 1 - chunk) for m, chunk in order],
+            warmup=2 * (stages - 1 - stage) + (chunks - 1) * stages,
+        )
+        yield [action for action in actions if action.micro_batch < micro_batches]
+
+
+def zb_h1(stages: int, micro_batches: int) -> Iterator[list[Action]]:
+    """1F1B with backward in two: stage s puts off W by s micro-batches, to fill what would be idle.
+
+    Activations kept: p - s micro-batches', and of s + 1 what W needs (inputs of the matrices and the
+    gradients of their outputs).
+    """
+    for stage, actions in enumerate(one_f_one_b(stages, micro_batches)):
+        found = []
+        for action in actions:
+            found.append(action)
+            if action.kind == "B" and action.micro_batch >= stage:
+                found.append(Action("W", action.micro_batch - stage))
+        late = range(max(0, micro_batches - stage), micro_batches)
+        yield found + [Action("W", m) for m in late]
+
+
+def forward_only(placement: Placement, micro_batches: int) -> Schedule:
+    """Evaluation and sampling: each micro-batch forward, in groups of p through all chunks."""
+    stages, chunks = placement
+    actions = tuple(
+        Action("F", m, chunk)
+        for group in range(0, micro_batches, stages)
+        for chunk in range(chunks)
+        for m in _up(group, stages)
+        if m < micro_batches
+    )
+    return Schedule("forward-only", placement, micro_batches, (actions,) * stages)
+
+
+def _up(start: int, count: int) -> range:
+    return range(start, start + count)
+
+
+def _alternate(forward: list[Action], backward: list[Action], warmup: int) -> list[Action]:
+    """Warm-up: forward; steady: one forward, one backward; cool-down: backward."""
+    steady = itertools.zip_longest(forward[warmup:], backward)
+    return forward[:warmup] + [action for pair in steady for action in pair if action]
+
+
+# whether a schedule takes a number of chunks, and its lists of actions
+_KINDS: dict[str, tuple[bool, Callable[..., Iterator[list[Action]]]]] = {
+    "gpipe": (False, gpipe),
+    "1f1b": (False, one_f_one_b),
+    "interleaved": (True, interleaved),
+    "zb-h1": (False, zb_h1),
+}
+NAMES = tuple(_KINDS)
+
+
+def placement_of(name: str, stages: int, chunks: int | None = None) -> Placement:
+    """Where a schedule has the parts of the model.
+
+    Args:
+        chunks: of each stage; None: 2 for interleaved, 1 for the others.
+
+    Raises:
+        CupytronError: no such schedule, or one that has no chunks.
+    """
+    if name not in _KINDS:
+        raise CupytronError(f"unknown schedule {name!r}; choose from {', '.join(NAMES)}")
+    takes_chunks, _ = _KINDS[name]
+    chunks = (2 if takes_chunks else 1) if chunks is None else chunks
+    if chunks < 1 or stages < 1:
+        raise CupytronError(f"stages={stages}, chunks={chunks}: must be at least 1")
+    if chunks > 1 and not takes_chunks:
+        raise CupytronError(
+            f"{name} has one chunk a stage, not {chunks}; the schedule with chunks is interleaved"
+        )
+    return Placement(stages, chunks)
+
+
+@functools.lru_cache(maxsize=256)
+def make(name: str, stages: int, micro_batches: int, chunks: int | None = None) -> Schedule:
+    """The schedule of a training step.
+
+    Raises:
+        CupytronError: as placement_of; or no micro-batch.
+    """
+    placement = placement_of(name, stages, chunks)
+    if micro_batches < 1:
+        raise CupytronError(f"micro_batches={micro_batches}: must be at least 1")
+    takes_chunks, generate = _KINDS[name]
+    sizes = (stages, micro_batches, placement.chunks)
+    actions = generate(*sizes[: 3 if takes_chunks else 2])
+    return Schedule(name, placement, micro_batches, tuple(map(tuple, actions)))
