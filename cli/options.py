@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from cupytron.config import RunConfig
+    from cupytron.config import ParallelConfig, RunConfig
     from cupytron.trained import TrainedModel
     from cupytron.watchdog import Note
 
@@ -34,6 +34,10 @@ FLAGS = [
     (("--tensor-parallel-size", "--tp"), "parallel.tp", "Tensor-parallel size."),
     (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
     (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
+    (("--schedule",), "parallel.schedule", "Pipeline: gpipe, 1f1b, interleaved or zb-h1."),
+    (("--chunks",), "parallel.chunks", "Interleaved: parts of the model on each stage."),
+    (("--split",), "parallel.split", "Blocks of each part of the pipeline, such as 2,3,3,2."),
+    (("--recompute",), "model.recompute", "none, selective or block: forward again in backward."),
     (("--zero",), "parallel.zero", "ZeRO stage, 0 to 3."),
     (("--threads",), "parallel.threads", "Threads of each process."),
     (("--timeout",), "parallel.timeout", "Seconds without progress that end several ranks' job."),
@@ -96,11 +100,28 @@ class Settings:
         if file != self.file:
             # a run goes on on any mesh: its old one gives way where it does not fit, unless asked for
             old = load_config(file=file, check=False).parallel
-            if ranks % old.tp:
-                moved.append("parallel.tp=1")
-            if old.dp is not None and old.tp * old.dp != ranks:
-                moved.append("parallel.dp=none")
+            moved = _giving_way(old, self.overrides, ranks)
         return load_config(self.preset, file, [*moved, *self.overrides], ranks)
+
+
+def _giving_way(old: "ParallelConfig", overrides: list[str], ranks: int) -> list[str]:
+    """Overrides that take away as much of a run's old mesh as keeps the ranks from fitting."""
+    given = {key.strip(): value.strip() for key, _, value in (o.partition("=") for o in overrides)}
+
+    def fits(gone: tuple[str, ...]) -> bool:
+        left = {axis: None if axis in gone else getattr(old, axis) for axis in ("tp", "pp", "dp")}
+        sizes = {axis: given.get(f"parallel.{axis}", size) for axis, size in left.items()}
+        if not all(str(size or 1).isdecimal() for size in sizes.values()):
+            return True  # load_config will say what is wrong
+        tp, pp, dp = (int(size) if size else None for size in sizes.values())
+        each = (tp or 1) * (pp or 1)
+        return ranks % each == 0 if dp is None else each * dp == ranks
+
+    choices: list[tuple[str, ...]] = [(), ("dp",), ("dp", "pp"), ("dp", "tp")]
+    gone = next(filter(fits, choices), ("dp", "pp", "tp"))
+    moved = [f"parallel.{axis}={'none' if axis == 'dp' else 1}" for axis in gone]
+    changed = "pp" in gone or given.keys() & {"parallel.pp", "parallel.chunks", "parallel.schedule"}
+    return [*moved, "parallel.split=none"] if changed else moved
 
 
 # which of a run's checkpoints a command reads
@@ -132,7 +153,7 @@ def prepare_for_run(run: str) -> None:
 
 
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a mesh for a command that works with a trained model: `tp`, `zero` and `timeout`."""
+    """Options of a mesh for a command that works with a trained model: `tp`, `pp`, `zero` and `timeout`."""
     for option in (
         click.option(
             "--timeout",
@@ -142,6 +163,15 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Seconds without progress that end several ranks' job; 0: never.",
         ),
         click.option("--zero", type=click.IntRange(0, 3), default=0, help="3: spread the weights."),
+        click.option(
+            "--pipeline-parallel-size",
+            "--pp",
+            "pp",
+            type=click.IntRange(1),
+            default=1,
+            metavar="N",
+            help="Under mpirun: stages that the layers are dealt out to.",
+        ),
         click.option(
             "--tensor-parallel-size",
             "--tp",
@@ -157,12 +187,12 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def trained_model(
-    run: str, checkpoint: str, tp: int, zero: int, timeout: float, **choices: Any
+    run: str, checkpoint: str, tp: int, pp: int, zero: int, timeout: float, **choices: Any
 ) -> Iterator[tuple["TrainedModel", "Note", bool]]:
     """A run's model on the mesh of all processes, watched while this lasts.
 
     Args:
-        run, checkpoint, tp, zero, timeout: the command's options.
+        run, checkpoint, tp, pp, zero, timeout: the command's options.
         choices: its others, in which the ranks must agree, too.
 
     Yields: the model, the watchdog's note, and whether this rank is the one that speaks.
@@ -175,14 +205,14 @@ def trained_model(
 
     world = open_world()
     first = world.rank == 0
-    check_alike(world, run=run, checkpoint=checkpoint, tp=tp, zero=zero, **choices)
+    check_alike(world, run=run, checkpoint=checkpoint, tp=tp, pp=pp, zero=zero, **choices)
 
     def warn(text: str) -> None:
         if first:
             click.echo(f"warning: {text}", err=True)
 
     with watchdog(world, timeout) as dog:
-        context = ParallelContext(tp=tp, world=world)
+        context = ParallelContext(tp=tp, pp=pp, world=world)
         yield load(run, checkpoint, warn, context, zero), dog.note, first
 
 

@@ -38,6 +38,7 @@ def command(
     seed: int,
     checkpoint: str,
     tp: int | None,
+    pp: int,
     zero: int,
     timeout: float,
 ) -> None:
@@ -47,10 +48,14 @@ def command(
     model, and write what one process would.
     """
     # ranks share the layers, unless told otherwise: replicas would all write the same
-    tp = tp or (1 if zero else launched_tasks())
+    tp = tp or (1 if zero else max(1, launched_tasks() // pp))
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     what = {"prompt": prompt, "max_new_tokens": max_new_tokens, "num_samples": num_samples}
-    with trained_model(run, checkpoint, tp, zero, timeout, **what, **how) as (model, note, first):
+    with trained_model(run, checkpoint, tp, pp, zero, timeout, **what, **how) as (
+        model,
+        note,
+        first,
+    ):
 
         def tell(text: str) -> None:
             if first:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # a model in which every kind of layer has work, small enough for a second
 SMALL = [
-    "model.num_layers=2",
     "model.num_heads=4",
     "model.d_model=16",
     "model.vocab_size=65",
@@ -34,7 +33,8 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     """Train on one process and on a mesh, and compare loss, gradients and weights after each step.
 
     The mesh's ranks are threads, or processes under mpirun. Without --preset and --config a tiny model is
-    taken, in float64; without --tp and --dp a mesh of 2 x 2. The exit code is 1 if a number differs.
+    taken, in float64; without --tp, --pp and --dp a mesh of tp=2 x dp=2. The exit code is 1 if a number
+    differs.
     """
     cases = [(" ".join(settings.overrides), settings)]
     if sweep:
@@ -97,7 +97,7 @@ def _config(settings: Settings, line: str | None) -> "RunConfig":
         start += SMALL
     given = {text.partition("=")[0].strip() for text in settings.overrides}
     tasks = launched_tasks()
-    if tasks == 1 and not given & {"parallel.tp", "parallel.dp"}:
+    if tasks == 1 and not given & {"parallel.tp", "parallel.pp", "parallel.dp"}:
         start += ["parallel.tp=2", "parallel.dp=2"]
 
     def load(*more: str, check: bool = True) -> "RunConfig":
@@ -109,10 +109,14 @@ def _config(settings: Settings, line: str | None) -> "RunConfig":
             raise ConfigError(f"in the line {line!r}: {error}" if line else str(error)) from None
 
     config = load(check=False)
-    dp = config.parallel.dp or max(1, tasks // config.parallel.tp)
-    batch = 2 * config.train.micro_batch * dp
-    vocab = config.model.vocab_size or 256
-    return load(f"parallel.dp={dp}", f"train.global_batch={batch}", f"model.vocab_size={vocab}")
+    parallel = config.parallel
+    dp = parallel.dp or max(1, tasks // (parallel.tp * parallel.pp))
+    # twice as many micro-batches as stages
+    batch = 2 * parallel.pp * config.train.micro_batch * dp
+    suits = [f"parallel.dp={dp}", f"train.global_batch={batch}"]
+    if not settings.preset and not settings.file:
+        suits.append(f"model.num_layers={max(2, parallel.parts - 2)}")
+    return load(*suits, f"model.vocab_size={config.model.vocab_size or 256}")
 
 
 def _object(report: Any) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def _object(report: Any) -> dict[str, Any]:
 def _show(config: "RunConfig", report: Any) -> None:
     parallel = config.parallel
     click.echo(
-        f"one process and tp={parallel.tp} x dp={parallel.dp}, ZeRO {parallel.zero}"
+        f"one process and tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp}"
+        f"{f' ({parallel.schedule})' if parallel.parts > 1 else ''}, ZeRO {parallel.zero}"
         f"{', sequence parallel' if parallel.sp else ''}, {config.train.dtype}: largest errors, "
         "max|a - b| / max|b| of a tensor"
     )

@@ -38,7 +38,7 @@ def measure(
     """
     note_loaded_blas(environment)
     parallel = config.parallel
-    context = ParallelContext(tp=parallel.tp, dp=parallel.dp, world=world)
+    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
     trainer = Trainer(config, vocab_size, context)
     trainer.materialize()
     model = trainer.model.config
@@ -48,7 +48,7 @@ def measure(
     for number in range(WARMUP + steps):
         note(number, "measuring")
         inputs, targets = rng.integers(0, model.vocab_size, (2, *shape))
-        for group in (context.tp, context.dp):
+        for group in context.groups:
             group.bytes.clear()
         began = time.perf_counter()
         trainer.train_step(inputs, targets)
@@ -65,6 +65,6 @@ def measure(
         "parameters": model.num_parameters(),
         "steps": steps,
         "ranks": context.world.size,
-        "bytes_sent": {group.axis: dict(group.bytes) for group in (context.tp, context.dp)},
+        "bytes_sent": {group.axis: dict(group.bytes) for group in context.groups},
         "environment": environment,
     }

@@ -91,8 +91,10 @@ class ModelConfig(_Settings):
     init_std: Annotated[float, Field(gt=0, le=10)] = Field(
         default=0.02, description="standard deviation of the initial weights"
     )
-    recompute: Literal["none", "block"] = Field(
-        default="none", description="block: keep each block's input only and run forward again"
+    recompute: Literal["none", "selective", "block"] = Field(
+        default="none",
+        description="run forward again in backward: selective, of attention and activation functions; "
+        "block, of all, keeping a block's input only",
     )
 
     @property
@@ -194,8 +196,19 @@ class ParallelConfig(_Settings):
     """How the run is spread over processes and threads."""
 
     tp: Ranks = Field(default=1, description="tensor-parallel size")
-    pp: Ranks = Field(default=1, description="pipeline-parallel size")
+    pp: Ranks = Field(default=1, description="pipeline-parallel size: stages")
     dp: Ranks | None = Field(default=None, description="data-parallel size; unset: what is left")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
+        default="1f1b",
+        description="of the pipeline: gpipe, 1f1b, interleaved or zb-h1 (see `cupytron schedule`)",
+    )
+    chunks: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="interleaved: parts of the model on each stage; unset: 2"
+    )
+    split: Annotated[str, Field(pattern=r"^\d{1,5}(,\d{1,5})*$")] | None = Field(
+        default=None,
+        description="blocks of each part of the pipeline, such as 2,3,3,2; unset: parts of equal cost",
+    )
     zero: Annotated[int, Field(ge=0, le=3)] = Field(default=0, description="ZeRO stage, 0 to 3")
     sp: bool = Field(default=False, description="sequence parallelism along the tensor axis")
     sp_keep_gathered: bool = Field(
@@ -213,6 +226,21 @@ class ParallelConfig(_Settings):
         default="auto", description="OpenBLAS kernel: auto measures, off leaves it, or a name"
     )
     malloc: bool = Field(default=True, description="glibc: keep freed pages for the next step")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the mesh needs; one replica where dp is not set."""
+        return self.tp * self.pp * (self.dp or 1)
+
+    @property
+    def parts(self) -> int:
+        """Parts that the pipeline cuts the model into."""
+        return self.pp * (self.chunks or (2 if self.schedule == "interleaved" else 1))
+
+    @property
+    def blocks_of_parts(self) -> list[int]:
+        """`split` as numbers; empty if it is not set."""
+        return [int(n) for n in self.split.split(",")] if self.split else []
 
 
 class CheckpointConfig(_Settings):

@@ -89,23 +89,14 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
         ranks: processes that there are; None: not known yet.
     """
     p, train, model = config.parallel, config.train, config.model
-    if p.pp != 1:
-        yield Problem(
-            ("parallel.pp",), f"parallel.pp={p.pp}: this version has no pipelines yet; use 1"
-        )
-        return
     dp = p.dp
     if ranks is not None:
-        if ranks % p.tp or (dp is not None and p.tp * dp != ranks):
-            asked = f"tp={p.tp}" + ("" if dp is None else f" x dp={dp}")
-            yield Problem(
-                ("parallel.tp", "parallel.dp"),
-                f"parallel.tp={p.tp}: {asked} does not fit {ranks} {'rank' if ranks == 1 else 'ranks'}; "
-                f"choose from {', '.join(f'tp={t} dp={ranks // t}' for t in divisors(ranks))}"
-                f", or start {p.tp * (dp or 1)} ranks (mpirun -n {p.tp * (dp or 1)})",
-            )
+        each = p.tp * p.pp  # ranks of a replica
+        if ranks % each or (dp is not None and each * dp != ranks):
+            yield Problem(("parallel.tp", "parallel.pp", "parallel.dp"), _misfit(config, ranks))
             return
-        dp = ranks // p.tp
+        dp = ranks // each
+    yield from _check_pipeline(config)
     heads = model.num_kv_heads or model.num_heads
     if heads % p.tp:
         # a tensor rank holds whole groups of queries with their key and value
@@ -137,6 +128,50 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
             ("train.deterministic", "parallel.dp"),
             f"train.deterministic=true: dp={dp} replicas cannot be the levels of a binary tree; choose "
             f"dp from {', '.join(map(str, divisors(MOST_REPLICAS)))}",
+        )
+
+
+def _misfit(config: "RunConfig", ranks: int) -> str:
+    """That the mesh does not fit the ranks, and what does."""
+    p = config.parallel
+    stages = [p.pp] if ranks % p.pp == 0 else divisors(ranks)
+
+    def spell(tp: int, pp: int, dp: int | None) -> str:
+        sizes = {"tp": tp, **({"pp": pp} if p.pp > 1 else {}), **({"dp": dp} if dp else {})}
+        return " ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+    fits = [spell(tp, pp, ranks // pp // tp) for pp in stages for tp in divisors(ranks // pp)]
+    asked = spell(p.tp, p.pp, p.dp).replace(" ", " x ")
+    return (
+        f"parallel.tp={p.tp}: {asked} does not fit {ranks} {'rank' if ranks == 1 else 'ranks'}; "
+        f"choose from {', '.join(fits[: 2 * MOST_CHOICES])}, or start {p.ranks} ranks "
+        f"(mpirun -n {p.ranks})"
+    )
+
+
+def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
+    p, layers = config.parallel, config.model.num_layers
+    if p.chunks not in (None, 1) and p.schedule != "interleaved":
+        yield Problem(
+            ("parallel.chunks", "parallel.schedule"),
+            f"parallel.chunks={p.chunks}: {p.schedule} has one chunk a stage; set parallel.schedule to "
+            "interleaved, or leave out chunks",
+        )
+        return
+    keys = ("parallel.pp", "parallel.chunks", "parallel.schedule", "model.num_layers")
+    if p.parts > layers + 2:
+        # the embedding and the head can have a part of their own
+        yield Problem(
+            keys,
+            f"parallel.pp={p.pp}: {p.parts} parts (stages times chunks) are more than {layers} blocks, the "
+            "embedding and the head; use fewer, or more model.num_layers",
+        )
+    blocks = p.blocks_of_parts
+    if blocks and (len(blocks) != p.parts or sum(blocks) != layers or 0 in blocks[1:-1]):
+        yield Problem(
+            ("parallel.split", *keys),
+            f"parallel.split={p.split}: give the blocks of {p.parts} parts, {layers} together; only "
+            "the first and the last part, with embedding and head, may have 0",
         )
 
 

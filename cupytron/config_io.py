@@ -122,7 +122,7 @@ def nearest(key: str, keys: Iterable[str]) -> str | None:
     keys = list(keys)
     section, _, name = key.rpartition(".")
     names = {known.rpartition(".")[2]: known for known in keys}
-    own = {n: known for n, known in names.items() if known.rpartition(".")[0] == section}
+    own = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
     for found, among in (
         ([name] if name in names else [], names),
         (difflib.get_close_matches(name, own, n=1, cutoff=0.6), own),

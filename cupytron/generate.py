@@ -8,9 +8,10 @@ import numpy as np
 
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
-from cupytron.layer import MicroBatch, Stash
+from cupytron.layer import MicroBatch
 from cupytron.model import Transformer
 from cupytron.ops import philox
+from cupytron.parallel.pipeline import Pipeline, Work, run_schedule
 from cupytron.sampling import choose
 
 __all__ = ["Decoder", "KVCache", "choose", "generate", "window_start"]
@@ -60,12 +61,15 @@ class Decoder:
     """Logits of the next token, for a growing sequence.
 
     Args:
-        model: with its weights.
+        model: with its weights; in a pipeline, what this stage has of it.
         use_cache: keep keys and values; without it every token runs the whole window.
+        pipeline: the stage; None: all of the model is here. All of the pipeline's ranks decode.
     """
 
-    def __init__(self, model: Transformer, use_cache: bool = True) -> None:
-        self.model = model
+    def __init__(
+        self, model: Transformer, use_cache: bool = True, pipeline: Pipeline | None = None
+    ) -> None:
+        self.pipeline = pipeline or Pipeline(model)
         self.context = int(model.config.context_length or 0)
         self.use_cache = use_cache
         self._cache: KVCache | None = None
@@ -74,7 +78,8 @@ class Decoder:
     def logits(self, ids: Sequence[int]) -> Any:
         """Logits (V_local,) of the token after `ids`; ids may only have grown since the last call.
 
-        Under tensor parallelism they are those of this rank's share of the vocabulary.
+        Under tensor parallelism they are those of this rank's share of the vocabulary; in a pipeline the
+        last stage has them, and None is returned elsewhere.
         """
         start = window_start(len(ids), self.context)
         if self._cache is None or start != self._start or not self.use_cache:
@@ -83,9 +88,14 @@ class Decoder:
         new = np.asarray(ids[start + done :], dtype=np.int64)
         positions = np.arange(done, done + len(new))
         batch = MicroBatch(1, len(new), positions, kv_cache=self._cache)
-        logits = self.model.forward(new, Stash(batch).discarding())
+        logits = run_schedule(
+            self.pipeline,
+            self.pipeline.schedule(1, training=False),
+            [Work(batch, new, None)],
+            lambda logits, _: logits[-1],
+        )
         self._cache.advance(len(new))
-        return logits[-1]
+        return logits[0] if logits else None
 
 
 def generate(
@@ -102,10 +112,12 @@ def generate(
     vocab_size: int | None = None,
     use_cache: bool = True,
     tp: Communicator | None = None,
+    pipeline: Pipeline | None = None,
 ) -> Iterator[int]:
-    """New token ids, one at a time; the same on every rank of `tp`, which take part in each.
+    """New token ids, one at a time; the same on every rank of the mesh, which take part in each.
 
     Args:
+        model: with its weights; in a pipeline, what this stage has of it.
         prompt: at least one token id.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k, top_p: choose among the k likeliest tokens, or the fewest that hold probability p.
@@ -114,23 +126,27 @@ def generate(
         vocab_size: ids from here on are padding and are never chosen.
         tp: ranks that share the vocabulary, ceil(V / size) ids each until none are left; None: no
             other rank.
+        pipeline: the stage; None: all of the model is here.
 
     Raises:
         CupytronError: an argument is out of range.
     """
     _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
     key = philox.key_of(seed, "sample", str(sample))
-    decoder = Decoder(model, use_cache)
+    decoder = Decoder(model, use_cache, pipeline)
+    pipeline = decoder.pipeline
     tp = tp or SelfCommunicator("tp")
     vocab = int(model.config.vocab_size or 0)
     first = min(tp.rank * -(-vocab // tp.size), vocab)
     real = max(0, (vocab if vocab_size is None else vocab_size) - first)
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        logits = decoder.logits(ids)[:real]
-        token = choose(
-            logits, temperature, top_k, top_p, key, position=len(ids), tp=tp, first=first
-        )
+        logits, token = decoder.logits(ids), -1
+        if logits is not None:
+            token = choose(
+                logits[:real], temperature, top_k, top_p, key, position=len(ids), tp=tp, first=first
+            )
+        token = int(pipeline.pp.broadcast(np.array([token]), pipeline.last_stage)[0])
         if token == stop:
             return
         ids.append(token)

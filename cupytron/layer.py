@@ -1,9 +1,11 @@
 """What every layer is made of: Parameter, Stash (what backward needs), Layer."""
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +42,7 @@ class Parameter:
         padding: rows after the box's, always zero, that make all shards of a tensor the same size.
         decay: whether weight decay applies: to matrices by default.
         partial: whether the gradient here is a part of the sum over the tensor axis.
+        alias: its name in the whole model, where a pipeline has put the layer that gives it elsewhere.
         data, grad: arrays, None until materialize.
     """
 
@@ -50,6 +53,7 @@ class Parameter:
         self.padding = 0
         self.init = init
         self.partial = False
+        self.alias = ""
         self.decay = len(self.shape) >= 2 if decay is None else decay
         self.data: Any = None
         self.grad: Any = None
@@ -131,18 +135,23 @@ class MicroBatch:
 
 
 class Stash:
-    """The values that backward needs, last in, first out; one for each micro-batch in flight."""
+    """The values that backward needs, last in, first out; one for each micro-batch in flight.
+
+    Args:
+        defer_weight_grads: gradients of parameters wait for run_weight_grads (a schedule's W).
+    """
 
     def __init__(self, batch: MicroBatch, defer_weight_grads: bool = False) -> None:
         self.batch = batch
         self._entries: list[tuple[Layer, tuple[Any, ...]]] = []
         self._defer = defer_weight_grads
-        self._deferred: list[Callable[[], None]] = []
+        self._deferred: deque[tuple[Callable[[], None], tuple[Any, ...]]] = deque()
+        self._remade: dict[int, tuple[_Remade, int]] = {}
         self._uses: dict[Any, int] = {}
 
     def push(self, owner: "Layer", *arrays: Any) -> None:
         """Keep `arrays` until `owner` pops them."""
-        self._entries.append((owner, arrays))
+        self._entries.append((owner, tuple(self._or_remade(array) for array in arrays)))
 
     def pop(self, owner: "Layer") -> tuple[Any, ...]:
         """Hand back what `owner` pushed last; it is freed as soon as the layer lets go of it."""
@@ -153,15 +162,20 @@ class Stash:
             raise RuntimeError(
                 f"backward of {owner.describe()} found values saved by {saved_by.describe()}"
             )
-        return arrays
+        return tuple(a.make() if isinstance(a, _Remade.Part) else a for a in arrays)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays kept; an array kept by two layers counts once."""
-        kept = {id(a): a.nbytes for _, arrays in self._entries for a in arrays if a is not None}
+        """Bytes of the arrays kept for B and for W; an array kept by two layers counts once."""
+        kept: dict[int, int] = {}
+        for arrays in [arrays for _, arrays in (*self._entries, *self._deferred)]:
+            for a in arrays:
+                for array in a.made_of.inputs if isinstance(a, _Remade.Part) else (a,):
+                    if hasattr(array, "nbytes"):
+                        kept[id(_root(array))] = _root(array).nbytes
         return sum(kept.values())
 
     @property
@@ -179,15 +193,46 @@ class Stash:
         stash._deferred = self._deferred  # W runs through the outer stash
         return stash
 
-    def weight_grad(self, parameter: Parameter, x: Any, dy: Any) -> None:
-        """parameter.grad += x.T @ dy, now or at run_weight_grads (a schedule's W)."""
-        # a shard's padding rows come last, and get no gradient
-        self.then(lambda: ops.add_product(parameter.grad[: x.shape[1]], x, dy))
+    @contextlib.contextmanager
+    def remaking(
+        self, wanted: bool, arrays: tuple[Any, ...], function: Callable[..., Any], *inputs: Any
+    ) -> Iterator[None]:
+        """Where layers push one of `arrays` meanwhile, keep the inputs: function(*inputs) makes them again.
 
-    def then(self, work: Callable[[], None]) -> None:
-        """Do what needs the weight gradients so far: now, or in its turn at run_weight_grads."""
+        Args:
+            wanted: otherwise nothing is changed.
+        """
+        if wanted:
+            remade = _Remade(function, inputs)
+            self._remade = {id(_root(array)): (remade, i) for i, array in enumerate(arrays)}
+        yield
+        self._remade = {}
+
+    def _or_remade(self, array: Any) -> Any:
+        found = self._remade.get(id(_root(array)))
+        return array if found is None else _Remade.Part(*found, array.shape)
+
+    def weight_grad(self, parameter: Parameter, x: Any, dy: Any) -> None:
+        """parameter.grad += x.T @ dy, now or at run_weight_grads."""
+        # a shard's padding rows come last, and get no gradient
+        self.then(lambda: ops.add_product(parameter.grad[: x.shape[1]], x, dy), x, dy)
+
+    def bias_grad(self, parameter: Parameter, dy: Any) -> None:
+        """parameter.grad += the sum of dy's rows, now or at run_weight_grads."""
+        self.then(lambda: add_to(parameter.grad, ops.sum_rows(dy)), dy)
+
+    def add_grad(self, parameter: Parameter, gradient: Any) -> None:
+        """parameter.grad += gradient, now or at run_weight_grads."""
+        self.then(lambda: add_to(parameter.grad, gradient), gradient)
+
+    def then(self, work: Callable[[], Any], *arrays: Any) -> None:
+        """Do something for the parameters' gradients: now, or in its turn at run_weight_grads.
+
+        Args:
+            arrays: what the work keeps in memory until then.
+        """
         if self._defer:
-            self._deferred.append(work)
+            self._deferred.append((work, arrays))
         else:
             work()
 
@@ -201,10 +246,43 @@ class Stash:
         return self._uses[key] == 0
 
     def run_weight_grads(self) -> None:
-        """Do what was put off, in the order in which backward met it."""
-        for work in self._deferred:
+        """Do what was put off, in the order in which backward met it; frees as it goes."""
+        while self._deferred:
+            work, _ = self._deferred.popleft()
             work()
-        self._deferred.clear()
+
+
+class _Remade:
+    """Arrays that are made again in backward, when the first of them is asked for."""
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+        self.function, self.inputs = function, inputs
+        self.arrays: tuple[Any, ...] | None = None
+
+    class Part(NamedTuple):
+        """One of them, in the place of the array."""
+
+        made_of: "_Remade"
+        number: int
+        shape: tuple[int, ...]
+
+        def make(self) -> Any:
+            remade = self.made_of
+            if remade.arrays is None:
+                remade.arrays, remade.inputs = remade.function(*remade.inputs), ()
+            return remade.arrays[self.number].reshape(self.shape)
+
+
+def _root(array: Any) -> Any:
+    """The array that a view is a view of: as long as the view is kept, so is all of that."""
+    base = getattr(array, "base", None)
+    return base if hasattr(base, "nbytes") else array
+
+
+def add_to(total: Any, x: Any) -> Any:
+    """total += x; returns total."""
+    total += x
+    return total
 
 
 class _DiscardingStash(Stash):
@@ -286,7 +364,7 @@ class Layer:
             for name, part in layer.parts():
                 if isinstance(part, Parameter) and id(part) not in seen:
                     seen.add(id(part))
-                    yield f"{prefix}.{name}" if prefix else name, part
+                    yield part.alias or (f"{prefix}.{name}" if prefix else name), part
 
     def name_parts(self) -> None:
         """Write its full name into every layer and parameter; initial values and masks depend on it."""
@@ -306,6 +384,27 @@ class Layer:
     def describe(self) -> str:
         """The layer's class and name, for messages."""
         return f"{type(self).__name__} {self.name}".strip()
+
+
+class Chain(Layer):
+    """Layers one after the other, in the order in which they are set: what a pipeline can cut.
+
+    A layer may be an attribute, or stand in a dict that is one; None is passed over.
+    """
+
+    def chain(self) -> dict[str, Layer]:
+        """The layers by name; on a stage of a pipeline, its own."""
+        return {name: part for name, part in self.parts() if isinstance(part, Layer)}
+
+    def forward(self, x: Any, stash: Stash) -> Any:
+        for layer in self.chain().values():
+            x = layer.forward(x, stash)
+        return x
+
+    def backward(self, dy: Any, stash: Stash) -> Any:
+        for layer in reversed(self.chain().values()):
+            dy = layer.backward(dy, stash)
+        return dy
 
 
 class Wrapper(Layer):

@@ -9,6 +9,7 @@ from cupytron.config import RunConfig
 from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
+from cupytron.parallel import checker, schedules
 from cupytron.watchdog import Watchdog
 
 
@@ -79,13 +80,25 @@ def absolute(path: Path) -> str:
     return found
 
 
+def _pipeline(config: RunConfig) -> str:
+    """The pipeline's schedule, and how much of it is idle if all stages take the same time."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return ""
+    here = config.micro_batches // (parallel.dp or 1)
+    schedule = schedules.make(parallel.schedule, parallel.pp, here, parallel.chunks)
+    bubble = checker.predict(schedule).bubble
+    return f", {parallel.schedule} of {here} micro-batches (bubble {bubble:.0%})"
+
+
 def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
     """Lines about a job of several ranks: its mesh, and how to stop it."""
     size, sizes, parallel = context.world.size, context.sizes, config.parallel
     if size == 1:
         return
     sp = ", sequence parallel" if parallel.sp and sizes["tp"] > 1 else ""
-    yield f"{size} ranks: tp={sizes['tp']} x dp={sizes['dp']}, ZeRO {parallel.zero}{sp}"
+    mesh = f"tp={sizes['tp']} x pp={sizes['pp']} x dp={sizes['dp']}, ZeRO {parallel.zero}{sp}"
+    yield f"{size} ranks: {mesh}{_pipeline(config)}"
     if launched_tasks() == 1:
         return  # threads
     ctrl_c = ""

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from cupytron.config import ModelConfig
-from cupytron.layer import Layer, Parameter, Stash, normal
+from cupytron.layer import Chain, Layer, Parameter, normal
 from cupytron.nn import (
     MLP,
     Attention,
@@ -21,8 +21,8 @@ from cupytron.nn import (
 )
 
 
-class Transformer(Layer):
-    """Token ids to logits: embedding, positions, blocks, norm, head.
+class Transformer(Chain):
+    """Token ids to logits: a chain of embedding, positions, dropout, blocks, norm and head.
 
     Weights start as in GPT-2: normal with init_std, the projections into the residual stream smaller by
     sqrt(2 num_layers) (Radford et al. 2019, section 2.3); biases at zero.
@@ -54,24 +54,6 @@ class Transformer(Layer):
         self.head: Layer = Head(table)
         self.name_parts()
 
-    def forward(self, ids: Any, stash: Stash) -> Any:
-        x = self.embedding.forward(ids, stash)
-        if self.positions:
-            x = self.positions.forward(x, stash)
-        x = self.dropout.forward(x, stash)
-        for block in self.blocks.values():
-            x = block.forward(x, stash)
-        return self.head.forward(self.norm.forward(x, stash), stash)
-
-    def backward(self, dlogits: Any, stash: Stash) -> None:
-        dx = self.norm.backward(self.head.backward(dlogits, stash), stash)
-        for block in reversed(self.blocks.values()):
-            dx = block.backward(dx, stash)
-        dx = self.dropout.backward(dx, stash)
-        if self.positions:
-            dx = self.positions.backward(dx, stash)
-        self.embedding.backward(dx, stash)
-
     def loss(self, logits: Any, targets: Any, scale: float) -> float:
         """As the head's: a sharded head has shards of logits."""
         head: Any = self.head  # wrapped or replaced, it has one
@@ -86,7 +68,7 @@ def make_norm(config: ModelConfig) -> Layer:
 
 
 def make_block(config: ModelConfig) -> Layer:
-    """One transformer block, wrapped in Recompute if the configuration says so."""
+    """One transformer block; what it recomputes in backward is the configuration's choice."""
     c: Any = config
     out_std = c.init_std / math.sqrt(2 * c.num_layers)
     attention = Attention(
@@ -99,10 +81,11 @@ def make_block(config: ModelConfig) -> Layer:
         std=c.init_std,
         out_std=out_std,
     )
-    mlp: Layer
+    mlp: MLP | SwiGLU
     if c.activation == "swiglu":
         mlp = SwiGLU(c.d_model, c.d_ff, c.bias, c.init_std, out_std)
     else:
         mlp = MLP(c.d_model, c.d_ff, c.activation, c.bias, c.init_std, out_std)
+    attention.recompute = mlp.recompute = c.recompute == "selective"
     block = Block(make_norm(config), attention, make_norm(config), mlp, c.dropout)
     return Recompute(block) if c.recompute == "block" else block

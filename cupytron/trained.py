@@ -15,6 +15,7 @@ from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
 from cupytron.mesh_run import open_data
 from cupytron.model import Transformer
+from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
 from cupytron.run_folder import RunFolder
 from cupytron.trainer import evaluate, load_buckets
@@ -25,20 +26,22 @@ class TrainedModel:
     """A model with the weights of one checkpoint, and its tokenizer.
 
     Attributes:
-        config: the run's settings. step: of the checkpoint. model: the Transformer.
+        config: the run's settings. step: of the checkpoint. model: the Transformer, or this stage's part.
         tokenizer: None if the data set had none. context: the mesh that it runs on.
+        pipeline: the stage that is here.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        model: Transformer,
+        pipeline: Pipeline,
         tokenizer: Tokenizer | None,
         step: int,
         context: ParallelContext,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.step = config, model, tokenizer, step
-        self.context = context
+        self.config, self.tokenizer, self.step = config, tokenizer, step
+        self.pipeline, self.context = pipeline, context
+        self.model: Transformer = pipeline.model
 
     def stream(
         self,
@@ -82,6 +85,7 @@ class TrainedModel:
             stop=separator if stop_at_separator else None,
             vocab_size=tokenizer.vocab_size,
             tp=self.context.tp,
+            pipeline=self.pipeline,
         ):
             if text := decoder.push(token):
                 yield text
@@ -131,7 +135,7 @@ class TrainedModel:
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
         noted = _noted(batches, self.step, note)
-        total, counted = evaluate(self.model, noted, self.context.dp)
+        total, counted = evaluate(self.pipeline, noted, self.context.dp)
         loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
             "val_loss": loss,
@@ -193,11 +197,11 @@ def load(
     context = context or ParallelContext()
     parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
     config = config.model_copy(update={"parallel": parallel})
-    model, shards = build(config, config.model, context, training=False)
+    _, shards = build(config, config.model, context, training=False)
     shards.materialize(None, np.dtype(config.train.dtype))
     load_buckets(found, shards, ("weight",), complete=False)
     tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
-    return TrainedModel(config, model, tokenizer, found.step, context)
+    return TrainedModel(config, shards.pipeline, tokenizer, found.step, context)
 
 
 def _tokenizer(folder: RunFolder, expected: str | None) -> Tokenizer | None:

@@ -12,11 +12,9 @@ from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_model
 from cupytron.errors import CheckpointError, CupytronError
 from cupytron.layer import Parameter
-from cupytron.model import Transformer
-from cupytron.parallel import schedules
 from cupytron.parallel.buffer import share
-from cupytron.parallel.data import count_targets, sum_exactly
-from cupytron.parallel.pipeline import cut, run_schedule
+from cupytron.parallel.data import count_targets
+from cupytron.parallel.pipeline import Pipeline, Work, cut, run_schedule
 from cupytron.parallel.plan import build
 from cupytron.parallel.zero import Zero
 
@@ -125,12 +123,12 @@ class Trainer:
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
         """As the function `evaluate`, with this model on this mesh."""
-        return evaluate(self.model, batches, self.context.dp)
+        return evaluate(self.zero.pipeline, batches, self.context.dp)
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's share of weights and optimizer state, as a checkpoint's pieces."""
         dp, tp = self.context.dp, self.context.tp
-        for bucket in self.zero.buckets:
+        for bucket in filter(self.zero.counts_here, self.zero.buckets):
             mine = share(bucket.size, dp.rank, dp.size)
             for kind, flat in (("weight", bucket.weights), *bucket.state.items()):
                 for parameter, inside, place in bucket.parts(mine):
@@ -174,8 +172,8 @@ def load_buckets(
         CheckpointError: it is damaged, or its tensors are not this model's.
     """
     found = checkpoint.shapes()
-    parameters = {s.parameter.name: s.parameter for b in zero.buckets for s in b.segments}
-    wanted = {f"{kind}/{name}": p.shape for name, p in parameters.items() for kind in kinds}
+    shapes = zero.pipeline.shapes.items()
+    wanted = {f"{kind}/{name}": shape for name, shape in shapes for kind in kinds}
     for name, shape in wanted.items():
         if name not in found:
             lacking = sorted(n for n in wanted if n not in found)
@@ -203,32 +201,44 @@ def box_of(parameter: Parameter) -> tuple[tuple[int, int], ...]:
 
 
 def evaluate(
-    model: Transformer, batches: Iterable[Any], dp: Communicator | None = None
+    pipeline: Pipeline, batches: Iterable[Any], dp: Communicator | None = None
 ) -> tuple[float, int]:
     """Sum of the losses and number of targets, over batches of (inputs, targets), both (B, S).
 
     Args:
-        batches: the same on every replica; each runs its share of them.
+        pipeline: the stage that is here. All ranks take part.
+        batches: the same on every rank; each replica runs its share of them, as many at once as it has
+            stages.
         dp: the replicas; None: one.
     """
     dp = dp or SelfCommunicator("dp")
-    losses, counted, mine = [], 0, None
-    number = -1
+    losses: list[float] = []
+    mine: list[Any] = []
+    counted = 0
     for number, (inputs, targets) in enumerate(batches):
         counted += int((targets != ops.IGNORE).sum())
+        if number % dp.size == 0:
+            if len(mine) == pipeline.pp.size:
+                losses += _losses(pipeline, mine)
+                mine = []
+            # if the round is short, a replica without a batch runs this one, in which nothing counts, since
+            # all must take part where weights are gathered
+            mine.append((inputs, np.full_like(targets, ops.IGNORE)))
         if number % dp.size == dp.rank:
-            mine = (inputs, targets)
-        if number % dp.size == dp.size - 1:
-            losses.append(_loss(model, mine))
-            mine = None
-    if (number + 1) % dp.size:
-        # the last round is short: those without a batch run one in which nothing counts, since all
-        # replicas must take part where weights are gathered
-        losses.append(_loss(model, mine or (inputs, np.full_like(targets, ops.IGNORE))))
-    return sum_exactly(dp, losses), counted
+            mine[-1] = inputs, targets
+    if mine:
+        losses += _losses(pipeline, mine)
+    return pipeline.total(dp, losses), counted
 
 
-def _loss(model: Transformer, batch: Any) -> float:
-    inputs, targets = batch
-    work = cut(inputs, targets, len(inputs), training=False)
-    return math.fsum(run_schedule(model, schedules.forward_only(len(work)), work, scale=1.0))
+def _losses(pipeline: Pipeline, batches: list[Any]) -> list[float]:
+    work: list[Work] = []
+    for inputs, targets in batches:
+        work += cut(inputs, targets, len(inputs), training=False)
+    model = pipeline.model
+    return run_schedule(
+        pipeline,
+        pipeline.schedule(len(work), training=False),
+        work,
+        lambda logits, w: model.loss(logits, w.targets, 1.0),
+    )

@@ -15,11 +15,10 @@ import numpy as np
 
 from cupytron import ops, optim
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator, run_ranks
-from cupytron.config import RunConfig
+from cupytron.config import ParallelConfig, RunConfig
 from cupytron.errors import CupytronError
 from cupytron.layer import Init, Layer
 from cupytron.ops import philox
-from cupytron.parallel import schedules
 from cupytron.parallel.pipeline import cut, run_schedule
 from cupytron.trainer import Trainer
 from cupytron.watchdog import Note, unwatched
@@ -44,7 +43,8 @@ class Report(NamedTuple):
 
     differences: of every tensor, the largest first. tolerance: what they may be; 0 is bit for bit.
     gradient_error: of the one process against finite differences; None in float32.
-    replicas_equal: whether all replicas' weights have the same bits.
+    replicas_equal: whether all replicas' weights have the same bits, and both copies of a table that two
+        stages share.
     groups_right: whether the ranks of each axis differ along that axis alone.
     """
 
@@ -105,8 +105,9 @@ def reference(config: RunConfig, steps: int, note: Note = unwatched) -> Referenc
 
 def one_process(config: RunConfig) -> RunConfig:
     """The same training without a mesh."""
-    alone = {"tp": 1, "dp": 1, "zero": 0, "sp": False, "sp_keep_gathered": False}
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+    # nothing of the mesh is kept, so that all meshes share one reference; nor what is recomputed
+    model = config.model.model_copy(update={"recompute": "none"})
+    return config.model_copy(update={"parallel": ParallelConfig(dp=1), "model": model})
 
 
 def compare(
@@ -223,11 +224,13 @@ def _worse(a: float, b: float) -> bool:
 
 
 def _replicas_equal(trainer: Trainer) -> bool:
-    digest = hashlib.sha256()
+    digest, equal = hashlib.sha256(), True
     for bucket in trainer.zero.buckets:
         if bucket.data is not None:
             digest.update(bucket.data.tobytes())
-    return len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
+        if copies := trainer.zero.copies(bucket):
+            equal &= len(set(copies.gather_objects(bucket.weights.tobytes()))) == 1
+    return equal and len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
 
 
 def _groups_right(context: ParallelContext) -> bool:
@@ -283,7 +286,13 @@ def _loss(trainer: Trainer, inputs: Any, targets: Any) -> float:
     train = trainer.config.train
     work = cut(inputs, targets, train.micro_batch, step=trainer.step, seed=train.seed)
     scale = 1 / max(1, int((targets != ops.IGNORE).sum()))
-    losses = run_schedule(trainer.model, schedules.forward_only(len(work)), work, scale)
+    pipeline, model = trainer.zero.pipeline, trainer.model
+    losses = run_schedule(
+        pipeline,
+        pipeline.schedule(len(work), training=False),
+        work,
+        lambda logits, w: model.loss(logits, w.targets, scale),
+    )
     return float(np.sum(losses))
 
 
@@ -311,11 +320,12 @@ def run(
     """
     found = {} if found is None else found
     parallel = config.parallel
-    size = parallel.tp * (parallel.dp or 1)
+    size = parallel.ranks
     world = world or SelfCommunicator()
     if world.size > 1 and size > world.size:
         raise CupytronError(
-            f"tp={parallel.tp} x dp={parallel.dp} needs {size} ranks; there are {world.size}"
+            f"tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {size} ranks; there are "
+            f"{world.size}"
         )
     key = (one_process(config), steps)
     if key not in found:
@@ -334,7 +344,8 @@ def run(
 
 
 def _compare(config: RunConfig, world: Communicator, one: Reference, note: Note) -> Report:
-    context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
+    parallel = config.parallel
+    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
     try:
         return compare(config, context, one, note)
     finally:

@@ -19,9 +19,9 @@ SMALL = [
 ]
 
 
-def config(*settings, tp=1, dp=1, zero=0, sp=False, **more):
+def config(*settings, tp=1, pp=1, dp=1, zero=0, sp=False, **more):
     """A small configuration; settings are section.key=value, later ones win."""
-    mesh = {"tp": tp, "dp": dp, "zero": zero, "sp": str(sp).lower(), **more}
+    mesh = {"tp": tp, "pp": pp, "dp": dp, "zero": zero, "sp": str(sp).lower(), **more}
     return load_config(
         overrides=[*SMALL, *(f"parallel.{k}={v}" for k, v in mesh.items()), *settings]
     )
@@ -37,9 +37,9 @@ def on_mesh(settings, body):
     sizes = settings.parallel
 
     def run(world):
-        context = ParallelContext(tp=sizes.tp, dp=sizes.dp, world=world)
+        context = ParallelContext(tp=sizes.tp, pp=sizes.pp, dp=sizes.dp, world=world)
         trainer = Trainer(settings, None, context)
         trainer.materialize()
         return body(trainer, context)
 
-    return run_ranks(sizes.tp * (sizes.dp or 1), run)
+    return run_ranks(sizes.ranks, run)

@@ -146,11 +146,12 @@ def test_validate_over_a_preset(tmp_path, capsys):
 
 
 def test_several_errors_are_a_line_each(capsys):
-    assert _run(["config", "show", "--lr", "-1", "--pp", "2", "--set", "model.num_headz=3"]) == 2
+    assert _run(["config", "show", "--lr", "-1", "--pp", "9", "--set", "model.num_headz=3"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: model.num_headz: unknown key; did you mean model.num_heads?",
         "optim.lr=-1: must be greater than 0",
-        "parallel.pp=2: this version has no pipelines yet; use 1",
+        "parallel.pp=9: 9 parts (stages times chunks) are more than 4 blocks, the embedding and the head; use "
+        "fewer, or more model.num_layers",
     ]
 
 

@@ -133,7 +133,12 @@ CONFLICTS = [
     ("optim.decay_steps=99", "optim.decay_steps", "set decay_steps to 100 or more"),
     ("optim.decay_steps=99 optim.schedule=linear", "optim.decay_steps", "100 or more"),
     ("parallel.tp=3", "parallel.tp", "choose tp from 1, 2, 4"),
-    ("parallel.pp=2", "parallel.pp", "no pipelines yet; use 1"),
+    ("parallel.pp=7", "parallel.pp", "7 parts (stages times chunks) are more than 4 blocks"),
+    ("parallel.pp=4 parallel.schedule=interleaved", "parallel.pp", "8 parts"),
+    ("parallel.chunks=2", "parallel.chunks", "set parallel.schedule to interleaved"),
+    ("parallel.pp=2 parallel.split=2,1", "parallel.split", "the blocks of 2 parts, 4 together"),
+    ("parallel.pp=3 parallel.split=2,0,2", "parallel.split", "may have 0"),
+    ("parallel.split=2,x", "parallel.split", "characters that cannot stand here"),
     ("parallel.dp=2", "train.global_batch", "choose 24"),
 ]
 
@@ -259,7 +264,7 @@ def test_all_errors_are_told_at_once(tmp_path):
     lines = lines_of(
         preset="nix",
         file=file,
-        overrides=["optim.lr=-1", "model.num_heads=x", "parallel.pp=2", "keep=1"],
+        overrides=["optim.lr=-1", "model.num_heads=x", "parallel.schedule=x", "keep=1"],
     )
     starts = [
         "preset nix: is not known",
@@ -269,7 +274,7 @@ def test_all_errors_are_told_at_once(tmp_path):
         "train.max_step: unknown key; did you mean train.max_steps?",
         "optim.lr=-1: must be greater than 0",
         "checkpiont: unknown section; did you mean checkpoint?",
-        "parallel.pp=2: this version has no pipelines yet; use 1",
+        "parallel.schedule=\"x\": must be 'gpipe', '1f1b', 'interleaved' or 'zb-h1'",
     ]
     assert len(lines) == len(starts)
     for start in starts:

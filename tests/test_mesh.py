@@ -169,7 +169,11 @@ def test_a_contiguous_cut_of_qkv_is_seen(monkeypatch):
 
 
 def test_complemented_groups_are_seen(monkeypatch):
+    right = ParallelContext._along
+
     def complement(self, axis):
+        if axis == "pp":  # stages that wait for the wrong ones would wait for ever
+            return right(self, axis)
         others = [other for other in ("pp", "dp", "tp") if other != axis]
         key = sum(self.coordinates[other] * 10**i for i, other in enumerate(others))
         return self.world.split(self.coordinates[axis], key, axis)

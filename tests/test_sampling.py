@@ -9,6 +9,7 @@ from conftest import small_model
 from cupytron import sampling
 from cupytron.comm import SelfCommunicator, run_ranks
 from cupytron.generate import choose, generate
+from cupytron.layer import Layer
 from cupytron.ops import philox
 
 KEY = philox.key_of(1, "sample", "0")
@@ -156,7 +157,7 @@ def test_a_large_vocabulary_is_not_gathered(rng):
 def test_text_is_the_same_on_shards(size):
     """The model's table has 37 rows, and only 30 are tokens."""
 
-    class Shard:
+    class Shard(Layer):
         def __init__(self, comm):
             self.model = small_model(np.random.default_rng(5), context=10)
             self.config, self.mine = self.model.config, share(37, comm.rank, comm.size)

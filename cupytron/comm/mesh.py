@@ -22,6 +22,7 @@ class ParallelContext:
 
     Attributes:
         world, tp, pp, dp: communicators. coordinates: this rank's place by axis. sizes: by axis.
+        ends: the first and the last stage of this rank's pipeline; between them, a rank alone.
 
     Raises:
         CupytronError: the sizes' product is not the number of ranks.
@@ -48,17 +49,23 @@ class ParallelContext:
         self.tp = self._along("tp")
         self.pp = self._along("pp")
         self.dp = self._along("dp")
+        self.ends = self._ends()
+
+    @property
+    def groups(self) -> tuple[Communicator, ...]:
+        """All communicators but the world."""
+        return self.tp, self.pp, self.dp, self.ends
 
     @property
     def operation(self) -> str | None:
         """What this rank waits for just now; another thread may ask."""
-        asked = (axis.operation for axis in (self.tp, self.pp, self.dp, self.world))
+        asked = (group.operation for group in (*self.groups, self.world))
         return next((operation for operation in asked if operation is not None), None)
 
     def close(self) -> None:
         """Give the groups back; the world stays open. Collective: not for a rank that has failed."""
-        for axis in (self.tp, self.pp, self.dp):
-            axis.close()
+        for group in self.groups:
+            group.close()
 
     def _along(self, axis: str) -> Communicator:
         """The ranks that differ from this one along `axis` only."""
@@ -67,6 +74,14 @@ class ParallelContext:
             if other != axis:
                 color = color * self.sizes[other] + self.coordinates[other]
         return self.world.split(color, self.coordinates[axis], axis)
+
+    def _ends(self) -> Communicator:
+        stages, stage = self.sizes["pp"], self.coordinates["pp"]
+        if stages == 1:
+            return SelfCommunicator("ends")
+        pipeline = self.coordinates["dp"] * self.sizes["tp"] + self.coordinates["tp"]
+        between = stage if stage < stages - 1 else 0
+        return self.world.split(pipeline * stages + between, stage, "ends")
 
 
 def place(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -14,8 +14,13 @@ class Attention(Layer):
     The columns of `qkv` are ordered by KV head, (N_kv, q..q k v, H), so that a contiguous share of them
     holds whole groups. How many heads there are is read off the array: a shard needs no telling.
 
+    Of the probabilities nothing is kept, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135); with
+    `recompute` their product with v is made again in backward, too.
+
     Shapes: x, y (T, D).
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -44,8 +49,11 @@ class Attention(Layer):
         if stash.batch.kv_cache is not None:
             k, v = stash.batch.kv_cache.extend(self, k, v)
         o, lse = ops.attention(q, k, v, self._dropout(stash))
-        stash.push(self, qkv, o, lse)
-        return self.out.forward(o.reshape(len(qkv), -1), stash)
+        with stash.remaking(
+            self.recompute, (o, lse), lambda saved: self._attend(saved, stash), qkv
+        ):
+            stash.push(self, qkv, o, lse)
+            return self.out.forward(o.reshape(len(qkv), -1), stash)
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         do = self.out.backward(dy, stash)
@@ -58,6 +66,9 @@ class Attention(Layer):
         )
         self._rotate(dq, dk, stash, back=True)
         return self.qkv.backward(dqkv, stash)
+
+    def _attend(self, qkv: Any, stash: Stash) -> tuple[Any, Any]:
+        return ops.attention(*self._split(qkv, stash), self._dropout(stash))
 
     def _split(self, qkv: Any, stash: Stash) -> tuple[Any, Any, Any]:
         """Views q (B, S, N_kv, G, H), k and v (B, S, N_kv, H)."""

@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from cupytron.layer import Layer, Stash, Wrapper
+from cupytron.layer import Layer, Stash, Wrapper, add_to
 from cupytron.nn.dropout import Dropout
-
-
-def add_to(total: Any, x: Any) -> Any:
-    """total += x; returns total."""
-    total += x
-    return total
 
 
 class Block(Layer):

@@ -24,7 +24,7 @@ class Embedding(Layer):
 
     def backward(self, dy: Any, stash: Stash) -> None:
         (ids,) = stash.pop(self)
-        ops.embedding_backward(dy, ids, self.weight.grad)
+        stash.then(lambda: ops.embedding_backward(dy, ids, self.weight.grad), ids, dy)
 
 
 class _Positions(Layer):
@@ -64,11 +64,16 @@ class LearnedPositions(_Positions):
     def backward(self, dy: Any, stash: Stash) -> Any:
         positions = self._positions(dy, stash)
         rows = dy.reshape(-1, len(positions), dy.shape[1]).sum(axis=0)
-        if len(dy) == stash.batch.batch_size * stash.batch.sequence_length:
-            # positions of one sequence differ, so no row of the table is written twice
-            self.weight.grad[positions] += rows
-        else:
-            ops.embedding_backward(rows, positions, self.weight.grad)
+        # positions of one sequence differ, so no row of the table is written twice
+        distinct = len(dy) == stash.batch.batch_size * stash.batch.sequence_length
+
+        def add() -> None:
+            if distinct:
+                self.weight.grad[positions] += rows
+            else:
+                ops.embedding_backward(rows, positions, self.weight.grad)
+
+        stash.then(add, rows)
         return dy
 
 

@@ -36,5 +36,5 @@ class Linear(Layer):
         (x,) = stash.pop(self)
         stash.weight_grad(self.weight, x, dy)
         if self.bias:
-            self.bias.grad += ops.sum_rows(dy)
+            stash.bias_grad(self.bias, dy)
         return ops.matmul(dy, self.weight.data.T)

@@ -14,9 +14,13 @@ _ACTIVATIONS = {
 
 
 class MLP(Layer):
-    """y = down(activation(up(x))). Shapes: x, y (T, D); inside (T, F)."""
+    """y = down(activation(up(x))). Shapes: x, y (T, D); inside (T, F).
+
+    With `recompute`, the activation is run again in backward, and one (T, F) is kept in place of two.
+    """
 
     per_token = True
+    recompute = False
 
     def __init__(
         self, d: int, d_ff: int, activation: str, bias: bool, std: float, out_std: float
@@ -26,9 +30,12 @@ class MLP(Layer):
         self.down = Linear(d_ff, d, bias, out_std)
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        y, slope = self.activation(self.up.forward(x, stash))
-        stash.push(self, slope)
-        return self.down.forward(y, stash)
+        h = self.up.forward(x, stash)
+        kept = h.copy() if self.recompute else None  # the activation overwrites h
+        y, slope = self.activation(h)
+        with stash.remaking(self.recompute, (y, slope), self.activation, kept):
+            stash.push(self, slope)
+            return self.down.forward(y, stash)
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         dy = self.down.backward(dy, stash)
@@ -37,9 +44,13 @@ class MLP(Layer):
 
 
 class SwiGLU(Layer):
-    """y = down(silu(gate(x)) * up(x)). Shapes: x, y (T, D); inside (T, F)."""
+    """y = down(silu(gate(x)) * up(x)). Shapes: x, y (T, D); inside (T, F).
+
+    With `recompute`, the product is made again in backward, and one of three (T, F) is not kept.
+    """
 
     per_token = True
+    recompute = False
 
     def __init__(self, d: int, d_ff: int, bias: bool, std: float, out_std: float) -> None:
         self.gate = Linear(d, d_ff, bias, std)
@@ -50,7 +61,9 @@ class SwiGLU(Layer):
         gate = self.gate.forward(x, stash)
         up = self.up.forward(x, stash)
         stash.push(self, gate, up)
-        return self.down.forward(ops.swiglu(gate, up), stash)
+        y = ops.swiglu(gate, up)
+        with stash.remaking(self.recompute, (y,), lambda *saved: (ops.swiglu(*saved),), gate, up):
+            return self.down.forward(y, stash)
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         dy = self.down.backward(dy, stash)

@@ -28,9 +28,9 @@ class LayerNorm(Layer):
     def backward(self, dy: Any, stash: Stash) -> Any:
         xhat, rstd = stash.pop(self)
         dx, dweight, dbias = ops.layer_norm_backward(dy, xhat, rstd, self.weight.data)
-        self.weight.grad += dweight
+        stash.add_grad(self.weight, dweight)
         if self.bias:
-            self.bias.grad += dbias
+            stash.add_grad(self.bias, dbias)
         return dx
 
 
@@ -54,5 +54,5 @@ class RMSNorm(Layer):
     def backward(self, dy: Any, stash: Stash) -> Any:
         xhat, rstd = stash.pop(self)
         dx, dweight = ops.rms_norm_backward(dy, xhat, rstd, self.weight.data)
-        self.weight.grad += dweight
+        stash.add_grad(self.weight, dweight)
         return dx

@@ -27,6 +27,7 @@ class Bucket:
     """Parameters whose weights and gradients share flat arrays.
 
     Attributes:
+        owners: names of the top-level layers that use its parameters.
         segments: where each parameter lies; those with weight decay come first, and among equals those
             that are cut over the tensor axis.
         size: elements of a flat array, padding included.
@@ -41,8 +42,11 @@ class Bucket:
         pieces: the padding makes `size` a multiple of it.
     """
 
-    def __init__(self, name: str, parameters: list[Parameter], pieces: int = 1) -> None:
-        self.name = name
+    def __init__(
+        self, owners: tuple[str, ...], parameters: list[Parameter], pieces: int = 1
+    ) -> None:
+        self.owners = owners
+        self.name = " and ".join(owners)
         self.pieces = pieces
         self.segments: list[Segment] = []
         at = 0
@@ -151,7 +155,7 @@ def make_buckets(model: Layer, pieces: int = 1) -> dict[str, Bucket]:
         groups.setdefault(tuple(users[id(parameter)]), []).append(parameter)
     found: dict[str, Bucket] = {}
     for owners, parameters in groups.items():
-        bucket = Bucket(" and ".join(owners), parameters, pieces)
+        bucket = Bucket(owners, parameters, pieces)
         for owner in owners:
             if owner in found:
                 raise CupytronError(

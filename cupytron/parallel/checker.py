@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cupytron.errors import CupytronError
-from cupytron.parallel.schedules import Action, Message, Schedule
-
-POSTED = 2  # receives that the executor keeps posted for each other stage
+from cupytron.parallel.schedules import POSTED, Action, Message, Schedule
 
 
 class ScheduleError(CupytronError):

@@ -1,6 +1,6 @@
 """Which layers are cut over the tensor axis, by name; and the order in which a model is put together.
 
-tensor -> recompute -> ZeRO: layers are replaced before anything is allocated.
+recompute -> tensor -> pipeline stage -> ZeRO: layers are replaced before anything is allocated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,6 +24,9 @@ from cupytron.nn import (
     SinusoidalPositions,
     SwiGLU,
 )
+from cupytron.parallel.pipeline import Pipeline
+from cupytron.parallel.schedules import placement_of
+from cupytron.parallel.stages import divide
 from cupytron.parallel.tensor import (
     ColumnLinear,
     Entry,
@@ -134,6 +137,8 @@ def build(
     parallel = config.parallel
     if training:
         require_mesh(config, **context.sizes)
+    else:  # forward only: as simple as can be
+        parallel = parallel.model_copy(update={"schedule": "1f1b", "chunks": None, "split": None})
     transformer = Transformer(model)  # with Recompute inside, where the settings say so
     parallelize(
         transformer,
@@ -142,8 +147,16 @@ def build(
         sequence_parallel=parallel.sp and training,
         keep_gathered=parallel.sp_keep_gathered,
     )
+    placement = placement_of(parallel.schedule, context.pp.size, parallel.chunks)
+    counts = divide(
+        transformer, placement.parts, config.train.sequence_length, parallel.blocks_of_parts
+    )
+    pipeline = Pipeline(
+        transformer, context.pp, context.ends, parallel.schedule, parallel.chunks, counts
+    )
     deterministic = config.train.deterministic
-    return transformer, Zero(transformer, context, parallel.zero, deterministic, training)
+    zero = Zero(transformer, context, parallel.zero, deterministic, training, pipeline)
+    return transformer, zero
 
 
 def transformer_plan(model: Transformer) -> dict[str, list[str]]:

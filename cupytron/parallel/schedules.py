@@ -23,6 +23,8 @@ from typing import Literal, NamedTuple
 
 from cupytron.errors import CupytronError
 
+POSTED = 2  # receives that a stage keeps posted for each other stage
+
 
 class Action(NamedTuple):
     """One thing to do with one micro-batch.
@@ -89,6 +91,11 @@ class Schedule:
     def splits_backward(self) -> bool:
         """Whether gradients of weights are put off to a W."""
         return any(action.kind == "W" for action in self.actions[0])
+
+    @property
+    def last_kind(self) -> str:
+        """The kind of action after which nothing of a micro-batch is needed any more."""
+        return "W" if self.splits_backward else "B" if self.trains else "F"
 
     @property
     def trains(self) -> bool:

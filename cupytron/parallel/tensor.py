@@ -138,7 +138,7 @@ class ColumnLinear(Layer):
         x, first = self.entry.saved(self, stash)
         stash.weight_grad(self.weight, x, dy)
         if self.bias:
-            self.bias.grad += ops.sum_rows(dy)
+            stash.bias_grad(self.bias, dy)
         return self.entry.backward(ops.matmul(dy, self.weight.data.T), first)
 
 
@@ -163,7 +163,7 @@ class RowLinear(Linear):
     def backward(self, dy: Any, stash: Stash) -> Any:
         (x,) = stash.pop(self)
         if self.bias:
-            self.bias.grad += ops.sum_rows(dy)
+            stash.bias_grad(self.bias, dy)
         dy = self.region.leave_backward(dy)
         stash.weight_grad(self.weight, x, dy)
         return ops.matmul(dy, self.weight.data.T)
@@ -193,7 +193,9 @@ class VocabularyEmbedding(Layer):
         dy = self.region.leave_backward(dy)
         mine, local = self._mine(ids)
         if mine.any():
-            ops.embedding_backward(dy[mine], local[mine], self.weight.grad)
+            stash.then(
+                lambda: ops.embedding_backward(dy[mine], local[mine], self.weight.grad), ids, dy
+            )
 
     def _mine(self, ids: Any) -> tuple[Any, Any]:
         """Which ids stand in this rank's rows, and where (0 for the others)."""

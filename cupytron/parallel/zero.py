@@ -6,7 +6,8 @@
     2      all      share     share   after each micro-batch: reduce-scatter; the new weights are gathered
     3      share    share     share   after each micro-batch; weights are gathered where a layer runs
 
-A share is 1 / dp of every bucket. Nothing here asks for the number of replicas: alone, a share is all.
+A share is 1 / dp of every bucket. Nothing here asks for the number of replicas: alone, a share is all. On a
+pipeline's stage the buckets are those of its layers; a table that two stages share is a bucket on both.
 
 Reference: Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054.
 """
@@ -20,14 +21,13 @@ from typing import Any
 import numpy as np
 
 from cupytron import backend, optim
-from cupytron.comm import ParallelContext
+from cupytron.comm import Communicator, ParallelContext
 from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Stash, Wrapper
-from cupytron.parallel import schedules
 from cupytron.parallel.buffer import Bucket, make_buckets, share
-from cupytron.parallel.data import TreeSum, sum_exactly, tree_reduce_scatter
-from cupytron.parallel.pipeline import Work, run_schedule
+from cupytron.parallel.data import TreeSum, tree_reduce_scatter
+from cupytron.parallel.pipeline import Pipeline, Work, run_schedule
 
 _IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
 
@@ -42,6 +42,7 @@ class Zero:
         stage: 0 to 3.
         deterministic: the same bits on any number of replicas and at any stage; needs more memory.
         training: allocate gradients.
+        pipeline: the stage that the model has been cut to; None: all of it is here.
 
     Attributes:
         buckets: in the order of the model.
@@ -54,8 +55,11 @@ class Zero:
         stage: int = 0,
         deterministic: bool = False,
         training: bool = True,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        model.name_parts()  # initial values depend on names
+        self.pipeline = pipeline or Pipeline(
+            model
+        )  # names the parts: initial values depend on names
         self.model, self.context, self.dp, self.stage = model, context, context.dp, stage
         self.deterministic, self.training = deterministic, training
         self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
@@ -71,13 +75,25 @@ class Zero:
         for bucket in self.buckets:
             if stage >= 1:
                 bucket.owned = share(bucket.size, self.dp.rank, self.dp.size)
+        # who of a bucket's owners completes a micro-batch's gradient: the last one in backward; each for
+        # itself where they may stand on different stages, so that sums have one order on every mesh, or in
+        # different chunks
+        self.apart = deterministic or self.pipeline.placement.chunks > 1
         self._wrap(model, by_layer)
         self._expected = 0  # micro-batches of a step
-        self._finished: dict[str, int] = {}  # micro-batches whose gradient of a bucket is complete
+        self._finished: dict[str, int] = {}  # micro-batches that each of them has completed
         self._used_up = True  # whether the last step's gradients have gone into an update
-        self._pending: list[tuple[Bucket, Any]] = []
-        self._trees = {bucket.name: TreeSum() for bucket in self.buckets}
+        self._pending: list[tuple[Bucket, str, Any]] = []
+        self._trees = {who: TreeSum() for bucket in self.buckets for who in self.completers(bucket)}
         self._gathers: dict[str, Any] = {}
+
+    def completers(self, bucket: Bucket) -> tuple[str, ...]:
+        """Names of what adds to a bucket's gradient in reductions of its own."""
+        return bucket.owners if self.apart else (bucket.name,)
+
+    def copies(self, bucket: Bucket) -> Communicator | None:
+        """The stages that have this bucket, too; None: no other."""
+        return self.pipeline.copies.get(bucket.segments[0].parameter.name)
 
     def _wrap(self, model: Layer, by_layer: dict[str, Bucket]) -> None:
         layers: list[BucketLayer] = []
@@ -136,19 +152,24 @@ class Zero:
         """Forward and backward of this replica's micro-batches; every `gradient` is then the step's.
 
         Args:
-            work: pipeline.cut's; equally many on every replica.
+            work: pipeline.cut's; equally many on every replica, and the same on every stage.
             scale: of the loss: 1 / (targets that count on all replicas) makes it their mean.
 
         Returns: the loss, added up over the replicas.
         """
         self.begin_step(len(work))
-        actions = schedules.gradient_accumulation(len(work))
+        model: Any = self.model
         # OpenBLAS gives other bits with other numbers of threads
         threads = backend.one_blas_thread() if self.deterministic else contextlib.nullcontext()
         with threads:
-            losses = run_schedule(self.model, actions, work, scale)
+            losses = run_schedule(
+                self.pipeline,
+                self.pipeline.schedule(len(work)),
+                work,
+                lambda logits, w: model.loss(logits, w.targets, scale),
+            )
         self.finish_gradients()
-        return sum_exactly(self.dp, losses)
+        return self.pipeline.total(self.dp, losses)
 
     def update(self, optimizer: Any, lr: float, step: int, scale: float = 1.0) -> None:
         """Let the optimizer change the weights, and give them to whoever needs them.
@@ -167,21 +188,22 @@ class Zero:
         """Say how many micro-batches this replica will run backward.
 
         Raises:
-            CupytronError: it is not the number of the other replicas, which would wait for each other; or
-                the last step's gradients are still there.
+            CupytronError: it is not the number of the other replicas and stages, which would wait for each
+                other; or the last step's gradients are still there.
         """
         if not self._used_up:
             raise CupytronError(
                 "the last step's gradients are still there; call update or clear_gradients before the "
                 "next one, or give all micro-batches to one step"
             )
-        counts = self.dp.all_gather(np.array([micro_batches])).tolist()
-        if len(set(counts)) > 1:
-            raise CupytronError(
-                f"the replicas have {', '.join(map(str, counts))} micro-batches; give each as many"
-            )
+        for group, kind in ((self.dp, "replicas"), (self.pipeline.pp, "stages")):
+            counts = group.all_gather(np.array([micro_batches])).tolist()
+            if len(set(counts)) > 1:
+                raise CupytronError(
+                    f"the {kind} have {', '.join(map(str, counts))} micro-batches; give each as many"
+                )
         self._expected = micro_batches
-        self._finished = {bucket.name: 0 for bucket in self.buckets}
+        self._finished = dict.fromkeys(self._trees, 0)
 
     def open_gradient(self, bucket: Bucket) -> None:
         """Make room for a full gradient, where there is none between micro-batches."""
@@ -190,10 +212,15 @@ class Zero:
                 self._complete(*self._pending.pop(0))
             bucket.set_grad(np.zeros(bucket.size, bucket.weights.dtype))
 
-    def gradient_ready(self, bucket: Bucket) -> None:
-        """A micro-batch's gradient of this bucket is complete; start the reduction if it is due."""
-        self._finished[bucket.name] += 1
-        if not self.parts_at_once and self._finished[bucket.name] != self._expected:
+    def gradient_ready(self, bucket: Bucket, who: str) -> None:
+        """A micro-batch's gradient of this bucket is complete; start the reduction if it is due.
+
+        Args:
+            who: of the bucket's completers.
+        """
+        self._finished[who] += 1
+        counts = {self._finished[name] for name in self.completers(bucket)}
+        if not self.parts_at_once and counts != {self._expected}:
             return
         if self.deterministic:
             handle = tree_reduce_scatter(self.dp, bucket.grad)
@@ -203,12 +230,12 @@ class Zero:
             handle = self.dp.reduce_scatter(bucket.grad, async_op=True)
         if self.parts_at_once:
             bucket.set_grad(None)
-        self._pending.append((bucket, handle))
+        self._pending.append((bucket, who, handle))
 
-    def _complete(self, bucket: Bucket, handle: Any) -> None:
+    def _complete(self, bucket: Bucket, who: str, handle: Any) -> None:
         reduced = handle.wait()
         if self.deterministic:
-            self._trees[bucket.name].add(reduced)
+            self._trees[who].add(reduced)
         elif self.stage >= 2:
             bucket.gradient += reduced
         elif self.stage == 1:
@@ -232,28 +259,40 @@ class Zero:
             self._complete(*self._pending.pop(0))
         for bucket in self.buckets:
             if self.deterministic:
-                mine = self._trees[bucket.name].take()
+                mine, *others = (self._trees[who].take() for who in self.completers(bucket))
+                for other in others:
+                    mine += other
                 if self.stage == 0:
                     self.dp.all_gather(mine, out=bucket.gradient)
                 else:
                     bucket.gradient[...] = mine
             for part in bucket.ranges(lambda p: p.partial, bucket.owned):
                 self.context.tp.all_reduce(bucket.gradient[bucket.local(part)])
+            if copies := self.copies(bucket):
+                copies.all_reduce(bucket.gradient)
 
     def global_norm(self) -> float:
         """Root of the sum of squares of the whole gradient, each logical element counted once.
 
         Communication: one all-reduce of a float64 for each piece of each bucket, over dp (from stage 1
-        on) and tp.
+        on) and tp; the sums of all stages are gathered over pp.
         """
         tp = self.context.tp
         # what all tensor ranks have is counted by the first of them
         chosen = (lambda p: not p.whole) if tp.rank else None
-        sums = np.array([bucket.squares(chosen) for bucket in self.buckets])
+        sums = np.array(
+            [bucket.squares(chosen) for bucket in self.buckets if self.counts_here(bucket)]
+        )
         if self.stage >= 1:
             self.dp.all_reduce(sums)  # others add zeros to a piece: no order of them changes a bit
         tp.all_reduce(sums)
-        return math.sqrt(math.fsum(sums.reshape(-1)))
+        stages = self.pipeline.pp.gather_objects(sums.reshape(-1).tolist())
+        return math.sqrt(math.fsum(itertools.chain.from_iterable(stages)))
+
+    def counts_here(self, bucket: Bucket) -> bool:
+        """Whether a bucket is counted, and written to checkpoints, here: by the first that has it."""
+        copies = self.copies(bucket)
+        return copies is None or copies.rank == 0
 
     def clear_gradients(self) -> None:
         """Set all gradients to zero, for the next step."""
@@ -313,9 +352,14 @@ class BucketLayer(Wrapper):
         self.preceding: BucketLayer | None = None
         self.following: BucketLayer | None = None
 
+    @property
+    def completes(self) -> str:
+        """In whose name this layer completes its bucket's gradient."""
+        return self.name if self.zero.apart else self.bucket.name
+
     def forward(self, x: Any, stash: Stash) -> Any:
         zero = self.zero
-        stash.use(self.bucket)
+        stash.use(self.completes)
         zero.open_weights(self.bucket)
         if self.following:
             zero.gather(self.following.bucket)
@@ -331,7 +375,7 @@ class BucketLayer(Wrapper):
             zero.open_weights(self.bucket)
         if self.preceding and self.preceding.inner.backward_reads_weights:
             zero.gather(self.preceding.bucket)
-        zero.open_gradient(self.bucket)
+        stash.then(lambda: zero.open_gradient(self.bucket))
         dx = self.inner.backward(dy, stash)
         zero.close_weights(self.bucket)
         stash.then(lambda: self._finish(stash))
@@ -339,5 +383,5 @@ class BucketLayer(Wrapper):
 
     def _finish(self, stash: Stash) -> None:
         # a tied table's other user, or another call of this layer, may still add to the gradient
-        if stash.used(self.bucket):
-            self.zero.gradient_ready(self.bucket)
+        if stash.used(self.completes):
+            self.zero.gradient_ready(self.bucket, self.completes)
