@@ -157,17 +157,17 @@ def mesh(log: Log) -> None:
 
 
 def sweep(log: Log) -> None:
-    """Every split of 8 ranks x ZeRO x SP x family x vocabulary x KV heads, on 8 processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        cases = Path(folder) / "cases.txt"
-        cases.write_text(log.run(BIN / "python", "benchmarks/sweep.py"))
-        output = log.run(BIN / "mpirun", "-n", "8", BIN / "cupytron", "verify", "--sweep", cases,
-                         limit=5400)  # fmt: skip
-    errors = [float(found) for found in re.findall(r"(?:ok|FAILED) (\S+) \(", output)]
-    log.line(f"  {output.splitlines()[-1]}; the largest error is {max(errors):.1e}")
-    hold(
-        len(errors) == 384 and max(errors) <= 1e-10, f"{len(errors)} cases, {max(errors):.1e}", log
-    )
+    """Every split of 8 ranks, on 8 processes: tp x dp with SP and KV heads, and pp x tp x dp with schedules."""
+    for kind, number in (("tensor", 384), ("pipeline", 1280)):
+        with tempfile.TemporaryDirectory() as folder:
+            cases = Path(folder) / "cases.txt"
+            cases.write_text(log.run(BIN / "python", "benchmarks/sweep.py", kind))
+            output = log.run(BIN / "mpirun", "-n", "8", BIN / "cupytron", "verify", "--sweep", cases,
+                             limit=5400)  # fmt: skip
+        errors = [float(found) for found in re.findall(r"(?:ok|FAILED) (\S+) \(", output)]
+        log.line(f"  {output.splitlines()[-1]}; the largest error is {max(errors):.1e}")
+        right = len(errors) == number and max(errors) <= 1e-10
+        hold(right, f"{len(errors)} {kind} cases, {max(errors):.1e}", log)
 
 
 def failing(log: Log) -> None:

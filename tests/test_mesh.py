@@ -23,7 +23,9 @@ from cupytron.layer import Layer, MicroBatch, Parameter, Stash, normal
 from cupytron.nn import MLP, Attention, Block, Embedding, Head
 from cupytron.parallel import plan
 from cupytron.parallel.buffer import Bucket
-from cupytron.parallel.pipeline import run_schedule
+from cupytron.parallel.pipeline import Pipeline, run_schedule
+from cupytron.parallel.schedules import NAMES as NAMES_OF_SCHEDULES
+from cupytron.parallel.schedules import Schedule
 from cupytron.parallel.tensor import RowLinear
 
 FOUND = {}  # one-process runs, shared by the cases below
@@ -40,6 +42,13 @@ CASES = [
     {"tp": 2, "dp": 2, "zero": 2, "sp": True},
     {"tp": 2, "dp": 2, "zero": 3, "sp": True},
     {"tp": 4, "dp": 2, "zero": 3},
+    {"pp": 2},
+    {"pp": 4, "schedule": "gpipe", "zero": 1},
+    {"pp": 2, "schedule": "interleaved", "dp": 2, "zero": 3},
+    {"pp": 2, "schedule": "zb-h1", "dp": 2, "zero": 2},
+    {"pp": 2, "schedule": "zb-h1", "tp": 2, "dp": 2, "zero": 3, "sp": True},
+    {"pp": 4, "schedule": "1f1b", "tp": 2, "sp": True},
+    {"pp": 3, "schedule": "interleaved", "chunks": 1, "split": "1,1,0"},
 ]
 
 
@@ -54,6 +63,37 @@ def test_a_mesh_gives_the_numbers_of_one_process(mesh, family, vocab):
     )
     assert report.ok and report.largest < 1e-10, report.differences[0]
     assert report.gradient_error < 1e-6
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("schedule", NAMES_OF_SCHEDULES)
+def test_five_layers_on_four_stages(schedule, recompute):
+    settings = ["model.num_layers=5", f"model.recompute={recompute}", "model.tied=false"]
+    if schedule == "interleaved":
+        settings[0] = "model.num_layers=6"
+    report = check(config(*settings, pp=4, schedule=schedule), found=FOUND)
+    assert report.ok and report.largest < 1e-10, report.differences[0]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"pp": 2},
+        {"pp": 4, "schedule": "gpipe", "zero": 1},
+        {"pp": 2, "schedule": "interleaved", "chunks": 2},
+        {"schedule": "interleaved", "dp": 2, "zero": 2},  # two chunks, one stage
+        {"pp": 2, "schedule": "zb-h1", "dp": 2, "zero": 3},
+        {"pp": 3, "schedule": "zb-h1", "dp": 2, "zero": 0},
+        {"pp": 2, "schedule": "1f1b", "dp": 4, "zero": 2},
+    ],
+    ids=str,
+)
+def test_deterministic_pipelines_give_the_bits_of_one_process(mesh):
+    case = ["train.dtype=float32", "train.deterministic=true", "train.global_batch=24"]
+    for recompute in ("none", "selective", "block"):
+        settings = config(*case, f"model.recompute={recompute}", **mesh)
+        report = check(settings, steps=3, found=FOUND)
+        assert report.tolerance == 0 and report.ok and report.largest == 0, report.differences[0]
 
 
 @pytest.mark.parametrize("zero", range(4))
@@ -80,7 +120,11 @@ def test_deterministic_training_refuses_three_replicas():
 def drawn(draw):
     """A model, a batch and a mesh; nothing in them is round."""
     tp = draw(st.sampled_from([1, 2, 3, 4]))
-    dp = draw(st.sampled_from([1, 2, 3] if tp < 3 else [1, 2]))
+    pp = draw(st.sampled_from([1, 1, 2, 3] if tp < 3 else [1]))
+    dp = draw(st.sampled_from([1, 2, 3] if tp * pp < 3 else [1, 2] if tp * pp < 5 else [1]))
+    schedule = draw(st.sampled_from(NAMES_OF_SCHEDULES))
+    chunks = draw(st.integers(1, 3)) if schedule == "interleaved" else 1
+    layers = draw(st.integers(max(1, pp * chunks - 2), max(2, pp * chunks - 1)))
     kv_heads = tp * draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))
     width = heads * 2 * draw(st.integers(1, 3))
@@ -90,7 +134,7 @@ def drawn(draw):
     boolean = st.sampled_from(["true", "false"])
     values = {
         "model.family": draw(st.sampled_from(["gpt2", "llama"])),
-        "model.num_layers": draw(st.integers(1, 2)),
+        "model.num_layers": layers,
         "model.num_heads": heads,
         "model.num_kv_heads": kv_heads,
         "model.d_model": width,
@@ -102,17 +146,19 @@ def drawn(draw):
         "model.bias": draw(boolean),
         "model.tied": draw(boolean),
         "model.dropout": draw(st.sampled_from([0.0, 0.2])),
-        "model.recompute": draw(st.sampled_from(["none", "block"])),
+        "model.recompute": draw(st.sampled_from(["none", "selective", "block"])),
         "train.sequence_length": sequence,
         "train.micro_batch": micro_batch,
-        "train.global_batch": micro_batch * dp * draw(st.integers(1, 3)),
+        "train.global_batch": micro_batch * dp * draw(st.integers(1, 4)),
         "train.deterministic": draw(boolean) if dp < 3 else "false",
         "train.seed": draw(st.integers(0, 2**31)),
         "optim.name": draw(st.sampled_from(["adamw", "sgd"])),
+        "parallel.schedule": schedule,
+        "parallel.chunks": chunks,
         "parallel.zero": draw(st.integers(0, 3)),
         "parallel.sp_keep_gathered": draw(boolean),
     }
-    return config(*(f"{key}={value}" for key, value in values.items()), tp=tp, dp=dp, sp=sp)
+    return config(*(f"{key}={value}" for key, value in values.items()), tp=tp, pp=pp, dp=dp, sp=sp)
 
 
 @settings(
@@ -200,6 +246,50 @@ def test_a_loss_scaled_by_each_rank_is_seen(monkeypatch):
     assert not check(config(dp=2)).ok
 
 
+def test_a_tied_gradient_that_is_not_summed_is_seen(monkeypatch):
+    monkeypatch.setattr(Zero, "copies", lambda self, bucket: None)
+    assert check(config(dp=2)).ok
+    assert check(config("model.tied=false", pp=2)).ok
+    assert not check(config(pp=2)).ok
+
+
+@pytest.mark.parametrize("kind", ["F", "B"])
+def test_a_wrong_order_of_micro_batches_is_seen(monkeypatch, kind):
+    right = Schedule.sent
+
+    def swapped(self, sender, receiver):
+        messages = right(self, sender, receiver)
+        mine = [i for i, message in enumerate(messages) if message.kind == kind]
+        if mine:
+            first, second = mine[:2]
+            messages[first], messages[second] = messages[second], messages[first]
+        return messages
+
+    monkeypatch.setattr(Schedule, "sent", swapped)
+    assert not check(config(pp=2)).ok
+
+
+def test_a_loss_counted_once_a_stage_is_seen(monkeypatch):
+    right = Pipeline.total
+    monkeypatch.setattr(
+        Pipeline, "total", lambda self, dp, losses: self.pp.size * right(self, dp, losses)
+    )
+    assert check(config(dp=2)).ok
+    (difference, *_) = check(config(pp=2)).differences
+    assert difference.what == "loss" and difference.error == pytest.approx(1)
+
+
+def test_targets_counted_once_a_stage_are_seen(monkeypatch):
+    right = Zero.compute_gradients
+    monkeypatch.setattr(
+        Zero,
+        "compute_gradients",
+        lambda self, work, scale: right(self, work, scale / self.pipeline.pp.size),
+    )
+    assert check(config(dp=2)).ok
+    assert not check(config(pp=2)).ok
+
+
 # what does not fit is refused
 
 
@@ -263,6 +353,11 @@ def test_heads_that_tp_does_not_divide_are_refused_with_the_list():
             "does not fit 8 ranks; choose from tp=1 dp=8, tp=2 dp=4, tp=4 dp=2, tp=8",
         ),
         (2, ["parallel.dp=4"], r"tp=1 x dp=4 does not fit 2 ranks.*mpirun -n 4"),
+        (
+            8,
+            ["parallel.pp=2", "parallel.dp=3"],
+            "tp=1 x pp=2 x dp=3 does not fit 8 ranks; choose from tp=1 pp=2 dp=4, tp=2 pp=2 dp=2",
+        ),
         (1, ["parallel.tp=2"], r"does not fit 1 rank;.*mpirun -n 2"),
         (
             2,
