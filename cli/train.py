@@ -15,14 +15,29 @@ from cupytron.cli.options import Settings, prepare_process, settings_options
     help="auto: go on from the newest whole checkpoint in RUN; never: refuse a RUN that has one.",
 )
 @click.option("--init-from", metavar="RUN", help="Start from another run's weights (fine-tuning).")
+@click.option(
+    "--trace",
+    metavar="FIRST:LAST",
+    help="Steps FIRST to LAST - 1 as a Chrome trace, RUN/trace.json.",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @settings_options
-def command(settings: Settings, out: str, resume: str, init_from: str | None, quiet: bool) -> int:
+def command(
+    settings: Settings,
+    out: str,
+    resume: str,
+    init_from: str | None,
+    trace: str | None,
+    quiet: bool,
+) -> int:
     """Train a model, or resume a run: in one process, or in many (mpirun -n 8 cupytron train ...).
 
     Ctrl-C, SIGTERM or SIGUSR1 once: finish the step, save, stop. The same command goes on from there.
     Without --preset and --config a run that is resumed keeps its own settings.
     """
+    from cupytron.trace import parse_range
+
+    steps = parse_range(trace) if trace is not None else None
     config = settings.load(run=out, mesh=True)
     environment = prepare_process(config)
 
@@ -30,4 +45,4 @@ def command(settings: Settings, out: str, resume: str, init_from: str | None, qu
     from cupytron.run import train
 
     world = open_world()
-    return train(config, out, environment, resume, init_from, quiet, world).exit_code
+    return train(config, out, environment, resume, init_from, quiet, world, steps).exit_code

@@ -22,6 +22,7 @@ from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes
 from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
+from cupytron.trace import Trace
 from cupytron.trainer import NotFinite, Trainer
 
 
@@ -42,6 +43,7 @@ def train(
     init_from: str | Path | None = None,
     quiet: bool = False,
     world: Communicator | None = None,
+    trace: tuple[int, int] | None = None,
 ) -> Outcome:
     """Train until train.max_steps, from the newest whole checkpoint in `out` if there is one.
 
@@ -55,6 +57,7 @@ def train(
         init_from: a run whose best or last weights this one starts from.
         quiet: print nothing.
         world: all ranks of the run; None: this process alone.
+        trace: (first, last): write what happens in steps first <= step < last to trace.json in `out`.
 
     Raises:
         CupytronError, DataError: settings, data or checkpoints that cannot be used.
@@ -67,9 +70,17 @@ def train(
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
     own = ("parallel.threads", "parallel.blas_kernel", "parallel.malloc")  # a node's business
     mesh_run.check_alike(
-        world, own, settings=config, out=str(out), resume=resume, init=str(init_from)
+        world,
+        own,
+        settings=config,
+        out=str(out),
+        resume=resume,
+        init=str(init_from),
+        trace=trace,
     )
-    context = ParallelContext(tp=config.parallel.tp, dp=config.parallel.dp, world=world)
+    tracing = Trace(*trace) if trace else None
+    parallel = config.parallel
+    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
     folder.check_new()
     if folder.steps() and resume == "never":
         raise CupytronError(
@@ -83,7 +94,7 @@ def train(
     settings = settings.model_copy(update={"data": data})
     progress = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
-        run = _Run(settings, folder, dataset, environment, progress, context)
+        run = _Run(settings, folder, dataset, environment, progress, context, tracing)
         if world.rank == 0:
             # not before the settings have proved good
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -112,12 +123,14 @@ class _Run:
         environment: dict[str, Any],
         progress: Progress,
         context: ParallelContext,
+        trace: Trace | None = None,
     ) -> None:
         self.config, self.folder, self.dataset = config, folder, dataset
         self.environment, self.progress = environment, progress
         self.context, self.world = context, context.world
         self.first = self.world.rank == 0  # the rank that writes what only one may
         self.trainer = Trainer(config, dataset.vocab_size, context)
+        self._set_trace(trace)
         seq = config.train.sequence_length
         self.loader = Loader(dataset.train, seq, config.train.seed)
         self.speed = Speed(self.trainer.model.config, seq)
@@ -171,6 +184,13 @@ class _Run:
             f"a step, {self.loader.samples_per_epoch:,} sequences an epoch; "
             "GFLOP/s with attention counted whole/causal"
         )
+        step, end = self.trainer.step, self.config.train.max_steps
+        if self.trace and (self.trace.last <= step or self.trace.first >= end):
+            self._warn(
+                f"--trace {self.trace.first}:{self.trace.last}: nothing will be traced: this run begins at "
+                f"step {step} and ends at step {end}; choose steps between them"
+            )
+            self._set_trace(None)
 
     def _prepare_folder(self, found: Checkpoint | None) -> float:
         """Bring the folder in line with the state; the best validation loss so far."""
@@ -232,6 +252,8 @@ class _Run:
                         self._save(again=True)
                 while self.trainer.step < train.max_steps and not stop.agree(self.world):
                     self._step()
+                    if self.trace and self.trainer.step in (self.trace.last, train.max_steps):
+                        self._write_trace(self.trace)
                     self._after_step()
                 if stop.signal is not None:
                     self._save()
@@ -244,6 +266,8 @@ class _Run:
                     self.progress.line(
                         f"done: {self.trainer.step} steps, run in {self.folder.path}"
                     )
+                if self.trace:
+                    self._write_trace(self.trace)
             except OSError as error:
                 at = f"step {self.saved}" if self.saved is not None else "the beginning"
                 raise CupytronError(
@@ -261,8 +285,10 @@ class _Run:
         self.note("in the step")
         began = time.monotonic()
         inputs, targets = self._next_batch()
+        tracing = self.trace.step(self.trainer.step, self.context) if self.trace else None
         try:
-            result = self.trainer.train_step(inputs, targets)
+            with tracing or contextlib.nullcontext():
+                result = self.trainer.train_step(inputs, targets)
         except NotFinite as error:
             raise NotFinite(f"{error}; {self._last_good()}") from None
         seconds = time.monotonic() - began
@@ -284,6 +310,26 @@ class _Run:
         if step % train.log_interval == 0 or step in (1, train.max_steps):
             memory = {"peak_memory_bytes": peak_memory_bytes()}
             self.progress.step({**record, **self.speed.read(), **memory})
+
+    def _set_trace(self, trace: Trace | None) -> None:
+        self.trace = self.trainer.zero.pipeline.trace = trace
+
+    def _write_trace(self, trace: Trace) -> None:
+        """Write what has been traced; no more is. Collective."""
+        self.note("writing the trace")
+        self._set_trace(None)
+        if not trace.steps:
+            self._warn(f"nothing was traced: the run stopped before step {trace.first}")
+            return
+        micro_batches = len(self.trainer.local_sequences) // self.config.train.micro_batch
+        schedule = self.trainer.zero.pipeline.schedule(micro_batches)
+        path = self.folder.path / "trace.json"
+        try:
+            line = trace.write(path, self.context, schedule)
+        except OSError as error:
+            self._warn(f"{path}: {error.strerror or error}; the run goes on without the trace")
+        else:
+            self.progress.line(line)
 
     def _next_batch(self) -> tuple[np.ndarray, np.ndarray]:
         """This replica's part of the next global batch."""

@@ -31,6 +31,7 @@ LAYERS = [
     {
         "stop",
         "metrics",
+        "trace",
         "bench",
         "run",
         "resume",

@@ -1,10 +1,11 @@
 """What every rank keeps of its calls: counters, checks, and which operation it waits for."""
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from cupytron.comm.half import is_half
 from cupytron.errors import CupytronError
@@ -28,6 +29,20 @@ class Handle:
         return self._result
 
 
+class Recorder(Protocol):
+    """What hears of a communicator's calls as its `trace`."""
+
+    def operation(
+        self, name: str, axis: str, start: float, end: float, sent: int, waiting: bool
+    ) -> None:
+        """An operation was called, which took from start to end (of time.perf_counter).
+
+        Args:
+            sent: bytes that this rank sends, as counted. waiting: this is the wait of a handle, which
+                an earlier call has given.
+        """
+
+
 class Bookkeeping(ABC):
     """A rank of a group, without the operations; `Communicator` says what the attributes mean."""
 
@@ -36,7 +51,9 @@ class Bookkeeping(ABC):
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.debug = False
+        self.trace: Recorder | None = None
         self._waits_for: str | None = None
+        self._called: tuple[float, int] | None = None  # with a trace: when, and bytes to send
 
     @property
     def operation(self) -> str | None:
@@ -60,14 +77,34 @@ class Bookkeeping(ABC):
         self, operation: str, wait: Callable[[], None], async_op: bool = False, result: Any = None
     ) -> Any:
         """Wait for an operation that has been started, now or when the handle is asked to."""
+        if self.trace is not None:
+            wait = self._traced(self.trace, operation, wait, async_op)
+
+        def finish() -> Any:
+            self._waits_for = operation
+            try:
+                wait()
+            finally:
+                self._waits_for = None
+            return result
+
+        return Handle(finish) if async_op else finish()
+
+    def _traced(
+        self, trace: Recorder, operation: str, wait: Callable[[], None], async_op: bool
+    ) -> Callable[[], None]:
+        """Tell of a call: at its end; and if it leaves a handle, of that one's wait too."""
+        called, sent = self._called or (time.perf_counter(), 0)
+        self._called = None
         if async_op:
-            return Handle(lambda: self._run(operation, wait, False, result))
-        self._waits_for = operation
-        try:
+            trace.operation(operation, self.axis, called, time.perf_counter(), sent, waiting=False)
+
+        def traced_wait() -> None:
+            start = time.perf_counter() if async_op else called
             wait()
-        finally:
-            self._waits_for = None
-        return result
+            trace.operation(operation, self.axis, start, time.perf_counter(), sent, async_op)
+
+        return traced_wait
 
     def _begin(self, operation: str, x: Any, sent: int, detail: str = "") -> None:
         if self.debug:
@@ -87,6 +124,8 @@ class Bookkeeping(ABC):
             )
         self.calls[operation] += 1
         self.bytes[operation] += sent
+        if self.trace is not None:
+            self._called = time.perf_counter(), sent
 
     def _compare(self, call: str) -> None:
         said = self._gather_objects(call)

@@ -22,6 +22,7 @@ class Communicator(Bookkeeping):
         calls, bytes: how often each operation was called here, and how many bytes this rank sent.
         debug: compare operation, shape and dtype over the ranks before each collective.
         operation: what this rank waits for just now, such as "all_reduce on dp", or None.
+        trace: what hears when each operation and each wait began and ended (a bookkeeping.Recorder); None.
     """
 
     def __init__(self, rank: int, size: int, axis: str = "world") -> None:
@@ -118,7 +119,7 @@ class Communicator(Bookkeeping):
         self._check_rank("to", to)
         self._count("send", x, x.nbytes)
         wait = self._send(bits(x), to, buffered=not async_op)
-        return self._run("send", wait, async_op=True) if async_op else None
+        return self._run("send", wait if async_op else lambda: None, async_op)
 
     def recv(self, out: Any, source: int, async_op: bool = False) -> Any:
         """Receive an array from a rank into `out`; returns it."""
@@ -195,7 +196,10 @@ class Communicator(Bookkeeping):
         padded = xp.zeros(n * self.size, x.dtype)
         padded[: x.size] = flat
         mine = xp.empty(n, x.dtype)
-        self._run("all_reduce", self._half_reduce_scatter(padded, mine))
-        self._run("all_reduce", self._all_gather(bits(mine), bits(padded), False))
-        flat[...] = padded[: x.size]
-        return x
+
+        def both() -> None:
+            self._half_reduce_scatter(padded, mine)()
+            self._all_gather(bits(mine), bits(padded), False)()
+            flat[...] = padded[: x.size]
+
+        return self._run("all_reduce", both, result=x)
