@@ -4,6 +4,7 @@ CUPYTRON_MESHES=all runs every number of replicas with every ZeRO stage.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,16 +39,20 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def run_mesh(data, out, *settings, tp=1, dp=1, zero=0, sp=False, **options):
+def mesh_config(*settings, tp=1, pp=1, dp=1, **mesh):
+    mesh = {"tp": tp, "pp": pp, "dp": dp, **{k: str(v).lower() for k, v in mesh.items()}}
+    overrides = [*TINY, *(f"parallel.{k}={v}" for k, v in mesh.items()), *settings]
+    return load_config(overrides=overrides, ranks=tp * pp * dp)
+
+
+def run_mesh(data, out, *settings, init_from=None, **mesh):
     """Train on threads; the outcome of every rank."""
-    mesh = {"tp": tp, "dp": dp, "zero": zero, "sp": str(sp).lower()}
-    overrides = [*TINY, f'data.path="{data}"', *(f"parallel.{k}={v}" for k, v in mesh.items())]
-    config = load_config(overrides=[*overrides, *settings], ranks=tp * dp)
+    config = mesh_config(f'data.path="{data}"', *settings, **mesh)
 
     def body(world):
-        return train(config, out, dict(ENVIRONMENT), quiet=True, world=world, **options)
+        return train(config, out, dict(ENVIRONMENT), "auto", init_from, quiet=True, world=world)
 
-    return run_ranks(tp * dp, body)
+    return run_ranks(config.parallel.ranks, body)
 
 
 def digest(out, step=None):
@@ -82,7 +87,13 @@ def errors(a, b):
     return {n: abs(x - b[n]).max() / max(abs(b[n]).max(), 1e-12) for n, x in a.tensors()}
 
 
-ANY_MESH = [{"tp": 1, "dp": 1}, {"tp": 2, "dp": 4, "zero": 3}, {"dp": 8}]
+ANY_MESH = [
+    {},
+    {"tp": 2, "dp": 4, "zero": 3},
+    {"dp": 8},
+    {"pp": 2, "tp": 2, "dp": 2, "zero": 1, "schedule": "zb-h1"},
+    {"pp": 4, "dp": 2, "zero": 3},
+]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def test_a_run_goes_on_on_any_other_mesh(tmp_path, data, saved, mesh):
     config = [*FLOAT64, "checkpoint.keep=9"]
     resaved = tmp_path / "resaved"
     shutil.copytree(out, resaved)
-    resave(data, resaved, *config, **mesh)
+    resave(resaved, *config, **mesh)
     assert digest(resaved, 4) == before
     run_mesh(data, out, *config, "train.max_steps=12", **mesh)
     found = errors(
@@ -113,19 +124,13 @@ def test_a_run_goes_on_on_any_other_mesh(tmp_path, data, saved, mesh):
     assert max(found.values()) < 1e-10, max(found.items(), key=lambda item: item[1])
 
 
-def resave(data, out, *settings, tp=1, dp=1, zero=0):
+def resave(out, *settings, **mesh):
     """Read the newest checkpoint on a mesh and write it again, from there."""
     from cupytron import checkpoint
     from cupytron.trainer import Trainer
 
-    overrides = [
-        *TINY,
-        *settings,
-        f"parallel.tp={tp}",
-        f"parallel.dp={dp}",
-        f"parallel.zero={zero}",
-    ]
-    config = load_config(overrides=overrides, ranks=tp * dp)
+    config = mesh_config(*settings, **mesh)
+    sizes = {axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "dp")}
     place = RunFolder(out).place(4)
     about = dict(Checkpoint(place).about)
     for key in ("format", "pieces", "files"):
@@ -134,13 +139,13 @@ def resave(data, out, *settings, tp=1, dp=1, zero=0):
     def body(world):
         found = Checkpoint(place)
         vocab = found.about["model"]["vocab_size"]
-        trainer = Trainer(config, vocab, ParallelContext(tp=tp, dp=dp, world=world))
+        trainer = Trainer(config, vocab, ParallelContext(sizes, world=world))
         trainer.materialize(initial=False)
         trainer.load(found)
         world.barrier()
         checkpoint.write(place, trainer.pieces(), about, world)
 
-    run_ranks(tp * dp, body)
+    run_ranks(config.parallel.ranks, body)
 
 
 def test_replicas_and_stage_may_change_and_not_a_bit_does(tmp_path, data):
@@ -153,7 +158,69 @@ def test_replicas_and_stage_may_change_and_not_a_bit_does(tmp_path, data):
     assert digest(out, 12) == digest(tmp_path / "one", 12)
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 4}, {"dp": 2}, {"tp": 2, "dp": 2}])
+# a run that is moved from each of these to the next
+TWELVE = [
+    {"pp": 2},
+    {"pp": 4, "schedule": "gpipe", "zero": 1},
+    {"dp": 4, "zero": 3},
+    {"pp": 2, "schedule": "interleaved", "dp": 2, "zero": 3},
+    {"tp": 2, "pp": 2, "schedule": "zb-h1"},
+    {"tp": 4, "sp": True},
+    {"pp": 3, "split": "0,1,1"},
+    {"tp": 2, "pp": 2, "dp": 2, "sp": True, "zero": 2, "schedule": "zb-h1"},
+    {},
+    {"pp": 2, "dp": 4, "zero": 2, "schedule": "gpipe"},
+    {"tp": 2, "pp": 3, "schedule": "1f1b"},
+    {"schedule": "interleaved", "chunks": 4, "dp": 2, "zero": 1},
+]
+
+
+def curve(out):
+    """A run's losses and validation losses by step."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("loss", "val_loss")
+    return {kind: {line["step"]: line[kind] for line in lines if kind in line} for kind in kinds}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_moved_through_twelve_meshes_is_the_run_of_one_process(tmp_path, data, deterministic):
+    """Saved and resumed at each; bit for bit where only dp, pp, the schedule and the ZeRO stage change."""
+    settings = [*FLOAT64, "train.eval_interval=3", "checkpoint.interval=100"]
+    meshes = TWELVE
+    if deterministic:
+        settings += ["train.dtype=float32", "train.deterministic=true"]
+        meshes = [{k: v for k, v in mesh.items() if k not in ("tp", "sp")} for mesh in TWELVE]
+    steps = 2 * len(meshes)
+    run_mesh(data, tmp_path / "one", *settings, f"train.max_steps={steps}")
+    out = tmp_path / "moved"
+    for number, mesh in enumerate(meshes, start=1):
+        run_mesh(data, out, *settings, f"train.max_steps={2 * number}", **mesh)
+    mine, one = curve(out), curve(tmp_path / "one")
+    near = 0 if deterministic else 1e-9
+    for kind in ("loss", "val_loss"):  # every stop is a last step, and evaluated
+        assert {step: mine[kind][step] for step in one[kind]} == pytest.approx(
+            one[kind], rel=near, abs=0
+        )
+    assert mine["loss"].keys() == one["loss"].keys() == set(range(1, steps + 1))
+    if deterministic:
+        assert digest(out, steps) == digest(tmp_path / "one", steps)
+    else:
+        found = errors(*(Checkpoint(RunFolder(p).place(steps)) for p in (out, tmp_path / "one")))
+        assert max(found.values()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"tp": 2},
+        {"tp": 4},
+        {"dp": 2},
+        {"tp": 2, "dp": 2},
+        {"pp": 3},
+        {"tp": 2, "pp": 2, "dp": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_trained_model_runs_on_any_mesh(data, saved, mesh, zero):
     """The same text and the same loss; under stage 3 too."""
@@ -167,21 +234,21 @@ def test_a_trained_model_runs_on_any_mesh(data, saved, mesh, zero):
         model = load(saved / "whole", "last", context=context, zero=zero)
         return model.generate("the 1", **options), model.evaluate()
 
-    for text, result in run_ranks(mesh.get("tp", 1) * mesh.get("dp", 1), body):
+    for text, result in run_ranks(math.prod(mesh.values()), body):
         assert text == want
         assert result["val_loss"] == pytest.approx(loss, rel=1e-12)
         assert result["tokens"] == one.evaluate()["tokens"]
 
 
 def test_an_evaluation_shared_unevenly_is_exact(data, saved):
-    """Three replicas and a number of batches that three does not divide."""
+    """Three replicas of two stages, and a number of batches that three does not divide."""
     one = load(saved / "whole", "last").evaluate()
 
     def body(world):
-        context = ParallelContext(dp=3, world=world)
+        context = ParallelContext(dp=3, pp=2, world=world)
         return load(saved / "whole", "last", context=context).evaluate()
 
-    for result in run_ranks(3, body):
+    for result in run_ranks(6, body):
         assert result["val_loss"] == one["val_loss"]  # bit for bit: the sum is rounded once
 
 
@@ -235,7 +302,7 @@ def test_a_run_under_a_launcher(tmp_path, data, name):
     out = tmp_path / "run"
     done = launched(name, 2, command(data, out, *settings, "train.max_steps=8", "parallel.zero=1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks: tp=1 x dp=2, ZeRO 1" in done.stdout
+    assert "2 ranks: tp=1 x pp=1 x dp=2, ZeRO 1" in done.stdout
     assert done.stdout.count("done: 8 steps") == 1
     assert ("Open MPI Ctrl-C" in done.stdout) == (name == "openmpi")
     alone = runs.start(command(data, out, *settings, "parallel.zero=1"))
