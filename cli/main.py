@@ -23,6 +23,7 @@ COMMANDS = {
     "config": ("config", "Show or check settings."),
     "checkpoint": ("checkpoint", "List, verify and fingerprint checkpoints."),
     "verify": ("verify", "Compare a mesh with one process: the same numbers?"),
+    "schedule": ("schedule", "Draw a pipeline schedule, and say what it costs."),
     "bench": ("bench", "Measure a configuration on random tokens."),
 }
 ON_A_MESH = {"train", "eval", "sample", "verify", "bench"}

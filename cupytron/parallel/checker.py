@@ -1,7 +1,7 @@
 """What a schedule promises, proved on the schedule alone: inputs, deadlock, memory, bubble."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cupytron.errors import CupytronError
@@ -131,20 +131,22 @@ def live(schedule: Schedule) -> list[float]:
     They are kept from F to B; a chunk counts as 1 / chunks of a micro-batch.
     """
     chunks = schedule.placement.chunks
-    return [peak(actions, 1.0 / chunks, 0.0) for actions in schedule.actions]
+    return [peak(actions, [1 / chunks] * chunks) for actions in schedule.actions]
 
 
-def peak(actions: tuple[Action, ...], kept: float, awaiting: float) -> float:
-    """The most that a stage keeps between two of its actions.
+def peak(
+    actions: Sequence[Action], kept: Sequence[float], awaiting: Sequence[float] | None = None
+) -> float:
+    """The most that a stage keeps between two of its actions, in whatever unit it is given.
 
     Args:
-        kept: from F to B, of each micro-batch and chunk. awaiting: from B to W.
+        kept: of a micro-batch in each chunk from F to B.
+        awaiting: from B to W; None: nothing.
     """
-    waits = any(action.kind == "W" for action in actions)
-    changes = {"F": kept, "B": (awaiting if waits else 0.0) - kept, "W": -awaiting}
+    waits = awaiting if any(a.kind == "W" for a in actions) and awaiting else [0.0] * len(kept)
     total = most = 0.0
-    for action in actions:
-        total += changes[action.kind]
+    for kind, _, chunk in actions:
+        total += {"F": kept[chunk], "B": waits[chunk] - kept[chunk], "W": -waits[chunk]}[kind]
         most = max(most, total)
     return most
 
