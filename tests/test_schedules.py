@@ -65,7 +65,7 @@ def test_micro_batches_kept_are_what_the_docstrings_say():
     for schedule, p, m, _ in every("zb-h1"):
         assert checker.live(schedule) == [min(m, p - s) for s in range(p)]
         for stage, actions in enumerate(schedule.actions):
-            assert checker.peak(actions, 0, 1) == min(m, stage + 1)
+            assert checker.peak(actions, [0], [1]) == min(m, stage + 1)
 
 
 def test_no_pipeline_is_gradient_accumulation():

@@ -68,6 +68,7 @@ class Pipeline:
         placement: which stage has which parts.
         shapes: of all parameters of the whole model, by name.
         copies: by the name of a parameter that this stage shares with another one, the two stages.
+        stashes: of the micro-batches in flight, by micro-batch and chunk.
         trace: None, or what records each action (trace.Trace).
     """
 
@@ -83,6 +84,7 @@ class Pipeline:
         self.model: Any = model
         self.pp, self.name = pp or SelfCommunicator("pp"), schedule
         self.placement = schedules.placement_of(schedule, self.pp.size, chunks)
+        self.stashes: dict[tuple[int, int], Stash] = {}
         self.trace: Any = None
         self.copies: dict[str, Communicator] = {}
         self.shapes_of: dict[
@@ -213,7 +215,8 @@ def run_schedule(
     """
     stage, last = pipeline.pp.rank, pipeline.placement.parts - 1
     mail = Mail(pipeline, schedule, work)
-    stashes: dict[tuple[int, int], Stash] = {}
+    stashes = pipeline.stashes
+    stashes.clear()  # of a step that failed
     results = []
     for action in schedule.actions[stage]:
         m, chunk = action.micro_batch, action.chunk

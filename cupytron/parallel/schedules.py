@@ -8,7 +8,8 @@ activations) and W (gradients of weights) for one micro-batch:
     1f1b          (p - 1)(F + B + W)              min(M, p - s)
     interleaved   (p - 1)(F + B + W) / v          (2(p - s - 1) + (v - 1) p + 1) / v, if p divides M
     zb-h1         (p - 1)(F + B - W), if M >= p   p - s, and s + 1 that wait for their W
-                  and W <= F; else (p - 1) B
+                  and W <= F; (p - 1) B, if W > F;
+                  both if B >= min(F, W)
 
 Reference: Huang et al. 2019, "GPipe", arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473 (1F1B with
 flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241 (ZB-H1).

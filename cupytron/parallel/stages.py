@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cupytron.errors import CupytronError
-from cupytron.layer import Chain, Layer
+from cupytron.layer import Chain, Layer, Parameter
 from cupytron.nn import Attention, Recompute
 
 RECOMPUTED = 4 / 3  # forward twice, and a backward of two forwards
@@ -24,9 +24,9 @@ def divide(
     Raises:
         CupytronError: more parts than layers that cost something, or a split that does not fit.
     """
-    costs = [cost(layer, sequence_length) for layer in model.chain().values()]
-    # what costs nothing, such as a dropout, stays with the layer before it
-    units = [i for i, c in enumerate(costs) if c > 0 or i == 0]
+    layers = list(model.chain().values())
+    # what multiplies by no matrix, such as a dropout, stays with the layer before it
+    units = [i for i, layer in enumerate(layers) if i == 0 or any(_matrices(layer))]
     if parts > len(units):
         raise CupytronError(
             f"the model has {len(units)} layers to share out and the pipeline {parts} parts; use fewer "
@@ -35,24 +35,30 @@ def divide(
     if split:
         starts = _as_said(model, split, parts)
     else:
-        starts = [units[first] for first in _balanced([costs[i] for i in units], parts)]
-    return [b - a for a, b in itertools.pairwise([*starts, len(costs)])]
+        bounds = itertools.pairwise([*units, len(layers)])
+        costs = [sum(cost(layer, sequence_length) for layer in layers[a:b]) for a, b in bounds]
+        starts = [units[first] for first in _balanced(costs, parts)]
+    return [b - a for a, b in itertools.pairwise([*starts, len(layers)])]
 
 
 def cost(layer: Layer, sequence_length: int) -> float:
     """Multiplications and additions of a layer's forward for one token, about; only ratios matter."""
-    total = 0.0
+    total = float(sum(math.prod(parameter.shape) for parameter in _matrices(layer)))
     for _, part in layer.named_layers():
-        for _, parameter in part.parts():
-            if isinstance(parameter, Layer) or len(parameter.shape) < 2:
-                continue
-            # a table is looked up, not multiplied by
-            total += math.prod(
-                parameter.shape if part.backward_reads_weights else parameter.shape[1:]
-            )
         if isinstance(part, Attention):
             total += part.num_heads * part.head_size * sequence_length
+        elif not part.backward_reads_weights:  # a table: a row of it
+            total += sum(p.shape[-1] for _, p in part.parts() if isinstance(p, Parameter))
     return total * (RECOMPUTED if isinstance(layer, Recompute) else 1)
+
+
+def _matrices(layer: Layer) -> Iterator[Parameter]:
+    """What a layer multiplies by: no vectors, and no tables, which are looked up."""
+    for _, part in layer.named_layers():
+        for _, parameter in part.parts():
+            if isinstance(parameter, Parameter) and len(parameter.shape) > 1:
+                if part.backward_reads_weights:
+                    yield parameter
 
 
 def _balanced(costs: Sequence[float], parts: int) -> list[int]:
