@@ -34,7 +34,7 @@ FLAGS = [
     (("--tensor-parallel-size", "--tp"), "parallel.tp", "Tensor-parallel size."),
     (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
     (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
-    (("--schedule",), "parallel.schedule", "Pipeline: gpipe, 1f1b, interleaved or zb-h1."),
+    (("--schedule",), "parallel.schedule", "Pipeline: gpipe, 1f1b, interleaved, zb-h1 or zb-v."),
     (("--chunks",), "parallel.chunks", "Interleaved: parts of the model on each stage."),
     (("--split",), "parallel.split", "Blocks of each part of the pipeline, such as 2,3,3,2."),
     (("--recompute",), "model.recompute", "none, selective or block: forward again in backward."),

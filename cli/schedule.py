@@ -116,7 +116,10 @@ def _show_kept(schedule: "Schedule") -> None:
 def _show_bubble(schedule: "Schedule", timeline: "Timeline", times: Times) -> None:
     formula, papers, condition = _papers_bubble(schedule, *times)
     idle = timeline.total - schedule.micro_batches * sum(times)
-    if math.isclose(idle, papers, rel_tol=1e-9, abs_tol=1e-9 * timeline.total):
+    if schedule.name == "zb-v":
+        least = (schedule.placement.stages - 1) * times[0] / 2
+        says = f"the last stage begins after (p - 1) F / 2 = {least:.6g}"
+    elif math.isclose(idle, papers, rel_tol=1e-9, abs_tol=1e-9 * timeline.total):
         idle, says = papers, f"as the paper's formula {formula} says"
     else:
         says = f"not {papers:.6g} as by the paper's formula {formula}, which needs {condition}"

@@ -198,9 +198,9 @@ class ParallelConfig(_Settings):
     tp: Ranks = Field(default=1, description="tensor-parallel size")
     pp: Ranks = Field(default=1, description="pipeline-parallel size: stages")
     dp: Ranks | None = Field(default=None, description="data-parallel size; unset: what is left")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1"] = Field(
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = Field(
         default="1f1b",
-        description="of the pipeline: gpipe, 1f1b, interleaved or zb-h1 (see `cupytron schedule`)",
+        description="of the pipeline: gpipe, 1f1b, interleaved, zb-h1 or zb-v (see `cupytron schedule`)",
     )
     chunks: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="interleaved: parts of the model on each stage; unset: 2"
@@ -235,7 +235,7 @@ class ParallelConfig(_Settings):
     @property
     def parts(self) -> int:
         """Parts that the pipeline cuts the model into."""
-        return self.pp * (self.chunks or (2 if self.schedule == "interleaved" else 1))
+        return self.pp * (self.chunks or (2 if self.schedule in ("interleaved", "zb-v") else 1))
 
     @property
     def blocks_of_parts(self) -> list[int]:

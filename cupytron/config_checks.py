@@ -151,10 +151,11 @@ def _misfit(config: "RunConfig", ranks: int) -> str:
 
 def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
     p, layers = config.parallel, config.model.num_layers
-    if p.chunks not in (None, 1) and p.schedule != "interleaved":
+    fixed = 2 if p.schedule == "zb-v" else 1
+    if p.chunks not in (None, fixed) and p.schedule != "interleaved":
         yield Problem(
             ("parallel.chunks", "parallel.schedule"),
-            f"parallel.chunks={p.chunks}: {p.schedule} has one chunk a stage; set parallel.schedule to "
+            f"parallel.chunks={p.chunks}: {p.schedule} has {fixed} a stage; set parallel.schedule to "
             "interleaved, or leave out chunks",
         )
         return

@@ -274,7 +274,7 @@ def test_all_errors_are_told_at_once(tmp_path):
         "train.max_step: unknown key; did you mean train.max_steps?",
         "optim.lr=-1: must be greater than 0",
         "checkpiont: unknown section; did you mean checkpoint?",
-        "parallel.schedule=\"x\": must be 'gpipe', '1f1b', 'interleaved' or 'zb-h1'",
+        "parallel.schedule=\"x\": must be 'gpipe', '1f1b', 'interleaved', 'zb-h1' or 'zb-v'",
     ]
     assert len(lines) == len(starts)
     for start in starts:

@@ -69,8 +69,8 @@ def test_a_mesh_gives_the_numbers_of_one_process(mesh, family, vocab):
 @pytest.mark.parametrize("schedule", NAMES_OF_SCHEDULES)
 def test_five_layers_on_four_stages(schedule, recompute):
     settings = ["model.num_layers=5", f"model.recompute={recompute}", "model.tied=false"]
-    if schedule == "interleaved":
-        settings[0] = "model.num_layers=6"
+    if schedule in ("interleaved", "zb-v"):
+        settings[0] = "model.num_layers=6"  # eight parts, with embedding and head
     report = check(config(*settings, pp=4, schedule=schedule), found=FOUND)
     assert report.ok and report.largest < 1e-10, report.differences[0]
 
@@ -84,6 +84,7 @@ def test_five_layers_on_four_stages(schedule, recompute):
         {"schedule": "interleaved", "dp": 2, "zero": 2},  # two chunks, one stage
         {"pp": 2, "schedule": "zb-h1", "dp": 2, "zero": 3},
         {"pp": 3, "schedule": "zb-h1", "dp": 2, "zero": 0},
+        {"pp": 2, "schedule": "zb-v", "dp": 2, "zero": 2},  # both ends of the model on one stage
         {"pp": 2, "schedule": "1f1b", "dp": 4, "zero": 2},
     ],
     ids=str,
@@ -123,7 +124,9 @@ def drawn(draw):
     pp = draw(st.sampled_from([1, 1, 2, 3] if tp < 3 else [1]))
     dp = draw(st.sampled_from([1, 2, 3] if tp * pp < 3 else [1, 2] if tp * pp < 5 else [1]))
     schedule = draw(st.sampled_from(NAMES_OF_SCHEDULES))
-    chunks = draw(st.integers(1, 3)) if schedule == "interleaved" else 1
+    chunks = (
+        draw(st.integers(1, 3)) if schedule == "interleaved" else 2 if schedule == "zb-v" else 1
+    )
     layers = draw(st.integers(max(1, pp * chunks - 2), max(2, pp * chunks - 1)))
     kv_heads = tp * draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 3))

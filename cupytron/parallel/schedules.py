@@ -10,9 +10,13 @@ activations) and W (gradients of weights) for one micro-batch:
     zb-h1         (p - 1)(F + B - W), if M >= p   p - s, and s + 1 that wait for their W
                   and W <= F; (p - 1) B, if W > F;
                   both if B >= min(F, W)
+    zb-v          from (p - 1) F / 2 to less      p, with those that wait for their W
+                  than zb-h1's, if F = B = W
+                  and M >= p > 1
 
 Reference: Huang et al. 2019, "GPipe", arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473 (1F1B with
-flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241 (ZB-H1).
+flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241 (ZB-H1), and
+"Pipeline Parallelism with Controllable Memory", arXiv:2405.15362 (ZB-V).
 `parallel/checker.py` proves what stands here, without running anything.
 """
 
@@ -43,11 +47,13 @@ class Placement(NamedTuple):
     """Which stage has which parts of the model.
 
     The model is cut into stages * chunks parts, 0 the first one. They are dealt out round and round:
-    chunk c of stage s is part c * stages + s.
+    chunk c of stage s is part c * stages + s. Or `folded`, to and fro: odd chunks go the other way, and a
+    V of two chunks has both ends of the model on stage 0.
     """
 
     stages: int
     chunks: int = 1
+    folded: bool = False
 
     @property
     def parts(self) -> int:
@@ -56,12 +62,15 @@ class Placement(NamedTuple):
 
     def part(self, stage: int, chunk: int) -> int:
         """Number of a stage's part in the model."""
-        return chunk * self.stages + stage
+        return chunk * self.stages + self._turned(stage, chunk)
 
     def place(self, part: int) -> tuple[int, int]:
         """Stage and chunk of a part."""
         chunk, stage = divmod(part, self.stages)
-        return stage, chunk
+        return self._turned(stage, chunk), chunk
+
+    def _turned(self, stage: int, chunk: int) -> int:
+        return self.stages - 1 - stage if self.folded and chunk % 2 else stage
 
 
 class Message(NamedTuple):
@@ -188,9 +197,53 @@ def zb_h1(stages: int, micro_batches: int) -> Iterator[list[Action]]:
         yield found + [Action("W", m) for m in late]
 
 
+def zb_v(stages: int, micro_batches: int) -> Iterator[list[Action]]:
+    """Backward in two, over two parts of the model on each stage that form a V.
+
+    Made by running it, with F, B and W of the same length: whenever a stage is free it takes the first that
+    it can of B, F of the second part, F of the first and W. Activations kept: from F to W those of 2p
+    halves, as much as the first stage of 1F1B.
+    """
+    placement = Placement(stages, 2, folded=True)
+    lists: list[list[Action]] = [[] for _ in range(stages)]
+    ready = {Action("F", m): 0 for m in range(micro_batches)}  # by when, on the first stage
+    at: list[dict[Action, int]] = [ready, *({} for _ in range(stages - 1))]
+    kept = [0] * stages
+    time = 0
+    while any(at):
+        begun = []
+        for stage in range(stages):
+            able = [
+                action
+                for action, since in at[stage].items()
+                if since <= time and (action.kind != "F" or kept[stage] < 2 * stages)
+            ]
+            if able:
+                begun.append((stage, min(able, key=_urgency)))
+        time += 1
+        for stage, action in begun:
+            lists[stage].append(action)
+            del at[stage][action]
+            kept[stage] += {"F": 1, "B": 0, "W": -1}[action.kind]
+            part = placement.part(stage, action.chunk)
+            if action.kind == "B":
+                at[stage][action._replace(kind="W")] = time
+            after = {"F": part + 1, "B": part - 1}.get(action.kind, -1)
+            if after == placement.parts:  # the loss: backward begins where forward has ended
+                at[stage][action._replace(kind="B")] = time
+            elif after >= 0:
+                to, chunk = placement.place(after)
+                at[to][action._replace(chunk=chunk)] = time
+    yield from lists
+
+
+def _urgency(action: Action) -> tuple[int, int, int]:
+    return "BFW".index(action.kind), -action.chunk, action.micro_batch
+
+
 def forward_only(placement: Placement, micro_batches: int) -> Schedule:
     """Evaluation and sampling: each micro-batch forward, in groups of p through all chunks."""
-    stages, chunks = placement
+    stages, chunks, _ = placement
     actions = tuple(
         Action("F", m, chunk)
         for group in range(0, micro_batches, stages)
@@ -211,12 +264,24 @@ def _alternate(forward: list[Action], backward: list[Action], warmup: int) -> li
     return forward[:warmup] + [action for pair in steady for action in pair if action]
 
 
-# whether a schedule takes a number of chunks, and its lists of actions
-_KINDS: dict[str, tuple[bool, Callable[..., Iterator[list[Action]]]]] = {
-    "gpipe": (False, gpipe),
-    "1f1b": (False, one_f_one_b),
-    "interleaved": (True, interleaved),
-    "zb-h1": (False, zb_h1),
+class _Kind(NamedTuple):
+    """How a schedule is made.
+
+    chunks: what it has if it is not told; fixed: and cannot be told.
+    """
+
+    generate: Callable[..., Iterator[list[Action]]]
+    chunks: int = 1
+    fixed: bool = True
+    folded: bool = False
+
+
+_KINDS = {
+    "gpipe": _Kind(gpipe),
+    "1f1b": _Kind(one_f_one_b),
+    "interleaved": _Kind(interleaved, chunks=2, fixed=False),
+    "zb-h1": _Kind(zb_h1),
+    "zb-v": _Kind(zb_v, chunks=2, folded=True),
 }
 NAMES = tuple(_KINDS)
 
@@ -225,22 +290,22 @@ def placement_of(name: str, stages: int, chunks: int | None = None) -> Placement
     """Where a schedule has the parts of the model.
 
     Args:
-        chunks: of each stage; None: 2 for interleaved, 1 for the others.
+        chunks: of each stage; None: 2 for interleaved and zb-v, 1 for the others.
 
     Raises:
-        CupytronError: no such schedule, or one that has no chunks.
+        CupytronError: no such schedule, or one that has another number of chunks.
     """
     if name not in _KINDS:
         raise CupytronError(f"unknown schedule {name!r}; choose from {', '.join(NAMES)}")
-    takes_chunks, _ = _KINDS[name]
-    chunks = (2 if takes_chunks else 1) if chunks is None else chunks
+    kind = _KINDS[name]
+    chunks = kind.chunks if chunks is None else chunks
     if chunks < 1 or stages < 1:
         raise CupytronError(f"stages={stages}, chunks={chunks}: must be at least 1")
-    if chunks > 1 and not takes_chunks:
+    if kind.fixed and chunks != kind.chunks:
         raise CupytronError(
-            f"{name} has one chunk a stage, not {chunks}; the schedule with chunks is interleaved"
+            f"chunks={chunks}: {name} has {kind.chunks} a stage; interleaved takes any number of them"
         )
-    return Placement(stages, chunks)
+    return Placement(stages, chunks, kind.folded)
 
 
 @functools.lru_cache(maxsize=256)
@@ -253,7 +318,6 @@ def make(name: str, stages: int, micro_batches: int, chunks: int | None = None) 
     placement = placement_of(name, stages, chunks)
     if micro_batches < 1:
         raise CupytronError(f"micro_batches={micro_batches}: must be at least 1")
-    takes_chunks, generate = _KINDS[name]
-    sizes = (stages, micro_batches, placement.chunks)
-    actions = generate(*sizes[: 3 if takes_chunks else 2])
-    return Schedule(name, placement, micro_batches, tuple(map(tuple, actions)))
+    kind = _KINDS[name]
+    sizes = (stages, micro_batches) if kind.fixed else (stages, micro_batches, placement.chunks)
+    return Schedule(name, placement, micro_batches, tuple(map(tuple, kind.generate(*sizes))))
