@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cupytron.comm import ParallelContext, open_world, run_ranks
     from cupytron.optim import SGD, AdamW
-    from cupytron.parallel.pipeline import cut
+    from cupytron.parallel.pipeline import Pipeline, cut
     from cupytron.parallel.plan import parallelize
     from cupytron.parallel.zero import Zero
     from cupytron.trained import load
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AdamW": "optim",
     "ParallelContext": "comm",
+    "Pipeline": "parallel.pipeline",
     "SGD": "optim",
     "Zero": "parallel.zero",
     "cut": "parallel.pipeline",
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "ParallelContext",
+    "Pipeline",
     "Zero",
     "cut",
     "load",

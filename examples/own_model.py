@@ -3,7 +3,7 @@
 import numpy as np
 
 from cupytron import ops
-from cupytron.layer import Layer, Parameter, normal
+from cupytron.layer import Chain, Layer, Parameter, normal
 from cupytron.nn import Embedding, Head, LayerNorm, Linear
 
 TEXT = "she sells sea shells by the sea shore; the shells she sells are sea shells for sure. " * 9
@@ -36,30 +36,32 @@ class Memory(Layer):
         return dx.reshape(dm.shape)
 
 
-class OwnModel(Layer):
+class Relu(Layer):
+    """y = max(x, 0). Shapes: x, y (T, F)."""
+
+    per_token = True
+
+    def forward(self, x, stash):
+        y, slope = ops.relu(x.copy())  # the function overwrites what it is given
+        stash.push(self, slope)
+        return y
+
+    def backward(self, dy, stash):
+        (slope,) = stash.pop(self)
+        return dy * slope
+
+
+class OwnModel(Chain):
     """ids (T,) -> embedding -> memory -> up -> relu -> down -> norm -> head -> logits (T, V)."""
 
     def __init__(self, width=32):
         self.embedding = Embedding(len(LETTERS), width, std=1.0)
         self.memory = Memory()
         self.up = Linear(width, 4 * width, std=0.2)
+        self.relu = Relu()
         self.down = Linear(4 * width, width, std=0.1)
         self.norm = LayerNorm(width)
         self.head = Head(Parameter((len(LETTERS), width), normal(0.1)))
-
-    def forward(self, ids, stash):
-        x = self.memory.forward(self.embedding.forward(ids, stash), stash)
-        y, slope = ops.relu(self.up.forward(x, stash))
-        stash.push(self, slope)  # last in, first out: backward pops it after `down`
-        y = self.down.forward(y, stash)
-        return self.head.forward(self.norm.forward(y, stash), stash)
-
-    def backward(self, dlogits, stash):
-        dy = self.norm.backward(self.head.backward(dlogits, stash), stash)
-        dy = self.down.backward(dy, stash)
-        (slope,) = stash.pop(self)
-        dx = self.up.backward(ops.activation_backward(dy, slope), stash)
-        self.embedding.backward(self.memory.backward(dx, stash), stash)
 
     def loss(self, logits, targets, scale):
         return self.head.loss(logits, targets, scale)

@@ -18,7 +18,7 @@ from cupytron.comm import SelfCommunicator, run_ranks
 from cupytron.config import RunConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = ["tensor_parallel", "data_parallel", "zero"]
+SCRIPTS = ["tensor_parallel", "data_parallel", "zero", "pipeline"]
 ALONE = {}  # what each prints in one process
 
 

@@ -1,0 +1,36 @@
+"""A pipeline: each rank has some of the layers, and passes activations on; the losses stay.
+
+Alone: python examples/pipeline.py; two stages: mpirun -n 2 python examples/pipeline.py
+"""
+
+from own_model import TARGETS, OwnModel, batch
+
+from cupytron import AdamW, ParallelContext, Pipeline, Zero, cut, open_world
+from cupytron.comm import SelfCommunicator
+
+
+def train(world, schedule, steps=60):
+    context, model = ParallelContext(pp=world.size, world=world), OwnModel()
+    pipeline = Pipeline(
+        model, context.pp, schedule=schedule
+    )  # the model has this stage's layers now
+    zero, optimizer = Zero(model, context, pipeline=pipeline), AdamW()
+    zero.materialize(seed=1, dtype="float64", state=optimizer.STATE)
+    losses = []
+    for step in range(steps):
+        work = cut(*batch(step), micro_batch=2, step=step)  # the same four on every stage
+        losses.append(zero.compute_gradients(work, scale=1 / TARGETS))
+        zero.update(optimizer, lr=0.01, step=step)
+    return losses, list(model.chain())
+
+
+if __name__ == "__main__":
+    with open_world() as world:  # if one rank fails, all end
+        alone, _ = train(SelfCommunicator(), "1f1b")
+        for schedule in ("gpipe", "1f1b", "zb-h1"):
+            losses, layers = train(world, schedule)
+            error = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
+            stages = world.gather_objects(" ".join(layers))
+            if world.rank == 0:
+                print(f"{schedule:6} loss {losses[0]:.8f} to {losses[-1]:.8f}; stages: {stages}")
+                print(f"       one process: the same losses to {error:.0e}")
