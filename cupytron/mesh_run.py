@@ -80,12 +80,12 @@ def absolute(path: Path) -> str:
     return found
 
 
-def _pipeline(config: RunConfig) -> str:
+def _pipeline(config: RunConfig, dp: int) -> str:
     """The pipeline's schedule, and how much of it is idle if all stages take the same time."""
     parallel = config.parallel
     if parallel.pp == 1:
         return ""
-    here = config.micro_batches // (parallel.dp or 1)
+    here = config.micro_batches // dp
     schedule = schedules.make(parallel.schedule, parallel.pp, here, parallel.chunks)
     bubble = checker.predict(schedule).bubble
     return f", {parallel.schedule} of {here} micro-batches (bubble {bubble:.0%})"
@@ -98,7 +98,7 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
         return
     sp = ", sequence parallel" if parallel.sp and sizes["tp"] > 1 else ""
     mesh = f"tp={sizes['tp']} x pp={sizes['pp']} x dp={sizes['dp']}, ZeRO {parallel.zero}{sp}"
-    yield f"{size} ranks: {mesh}{_pipeline(config)}"
+    yield f"{size} ranks: {mesh}{_pipeline(config, sizes['dp'])}"
     if launched_tasks() == 1:
         return  # threads
     ctrl_c = ""

@@ -68,10 +68,11 @@ def test_two_processes_print_the_losses_of_one(script, launcher):
 def test_two_threads_have_the_losses_of_one_process(script, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     train = importlib.import_module(script).train
-    for stage in [(1,), (3,)] if script == "zero" else [()]:
+    choices = {"zero": [(1,), (3,)], "pipeline": [("1f1b",), ("zb-h1",)]}
+    for choice in choices.get(script, [()]):
         with backend.one_blas_thread():
-            one = train(SelfCommunicator(), *stage, steps=8)
-            both = run_ranks(2, lambda world, stage=stage: train(world, *stage, steps=8))
+            one = train(SelfCommunicator(), *choice, steps=8)
+            both = run_ranks(2, lambda world, choice=choice: train(world, *choice, steps=8))
         for two in both:
             if script == "data_parallel":
                 assert two == one

@@ -261,7 +261,7 @@ def test_a_wrong_order_of_micro_batches_is_seen(monkeypatch, kind):
     right = Schedule.sent
 
     def swapped(self, sender, receiver):
-        messages = right(self, sender, receiver)
+        messages = list(right(self, sender, receiver))
         mine = [i for i, message in enumerate(messages) if message.kind == kind]
         if mine:
             first, second = mine[:2]

@@ -5,7 +5,8 @@ schedule evaluates and samples.
 """
 
 import contextlib
-from collections import deque
+import itertools
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -262,11 +263,17 @@ class Mail:
         self.pp, self.schedule, self.work = pipeline.pp, schedule, work
         self.known = pipeline.shapes_of
         self.arrived: dict[Message, Any] = {}
-        self.sent: list[Handle] = []
-        stages = [s for s in range(self.pp.size) if s != self.pp.rank]
+        self.under_way: dict[int, deque[Handle]] = defaultdict(deque)  # sends, by receiver
+        rank, stages = self.pp.rank, [s for s in range(self.pp.size) if s != self.pp.rank]
         # what each other stage will send, in order; of that, what a receive is posted for
-        self.coming = {s: deque(schedule.sent(s, self.pp.rank)) for s in stages}
+        self.coming = {s: deque(schedule.sent(s, rank)) for s in stages}
         self.posted: dict[int, deque[tuple[Message, Handle]]] = {s: deque() for s in stages}
+        # whether all that this stage sends to another has a shape that both have known before
+        self.settled = {
+            s: all(self._link(m) in self.known for m in schedule.sent(rank, s)) for s in stages
+        }
+        for stage in stages:
+            self._post(stage)
 
     def take(self, message: Message) -> Any:
         """The array that a message brings; waits for it."""
@@ -291,11 +298,16 @@ class Mail:
         if link not in self.known:
             self.known[link] = array.shape, array.dtype
             self.pp.send(_describe(array), to)
-        self.sent.append(self.pp.send(array, to, async_op=True))
+        under_way = self.under_way[to]
+        if len(under_way) == POSTED and self.settled[to]:
+            # the receiver has posted as many receives, and the checker knows that it is safe to wait for
+            # them: so no more arrays than these are held by sends
+            under_way.popleft().wait()
+        under_way.append(self.pp.send(array, to, async_op=True))
 
     def finish(self) -> None:
         """Wait until all has been sent."""
-        for handle in self.sent:
+        for handle in itertools.chain(*self.under_way.values()):
             handle.wait()
 
     def _link(self, message: Message) -> Any:

@@ -22,9 +22,10 @@ flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arX
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cupytron.errors import CupytronError
 
@@ -135,10 +136,19 @@ class Schedule:
         before = message.part - 1 if message.kind == "F" else message.part + 1
         return self.placement.place(before)[0]
 
-    def sent(self, sender: int, receiver: int) -> list[Message]:
+    def sent(self, sender: int, receiver: int) -> Sequence[Message]:
         """What one stage sends to another, in the order in which it does."""
-        given = (self.gives(sender, action) for action in self.actions[sender])
-        return [m for m in given if m and self.placement.place(m.part)[0] == receiver]
+        return tuple(self._links[sender].get(receiver, ()))
+
+    @functools.cached_property
+    def _links(self) -> list[dict[int, list[Message]]]:
+        """For each sender, its messages by receiver."""
+        links: list[dict[int, list[Message]]] = [{} for _ in self.actions]
+        for sender, actions in enumerate(self.actions):
+            for message in filter(None, (self.gives(sender, action) for action in actions)):
+                receiver = self.placement.place(message.part)[0]
+                links[sender].setdefault(receiver, []).append(message)
+        return links
 
 
 def gpipe(stages: int, micro_batches: int) -> Iterator[list[Action]]:
@@ -206,41 +216,34 @@ def zb_v(stages: int, micro_batches: int) -> Iterator[list[Action]]:
     """
     placement = Placement(stages, 2, folded=True)
     lists: list[list[Action]] = [[] for _ in range(stages)]
-    ready = {Action("F", m): 0 for m in range(micro_batches)}  # by when, on the first stage
-    at: list[dict[Action, int]] = [ready, *({} for _ in range(stages - 1))]
+    # what each stage can do next, most urgent kind first; of a kind, the micro-batches come in their order
+    kinds = [(kind, chunk) for kind in ("B", "F", "W") for chunk in (1, 0)]
+    able: list[dict[Any, deque[int]]] = [{kind: deque() for kind in kinds} for _ in range(stages)]
+    able[0]["F", 0].extend(range(micro_batches))
     kept = [0] * stages
-    time = 0
-    while any(at):
-        begun = []
-        for stage in range(stages):
-            able = [
-                action
-                for action, since in at[stage].items()
-                if since <= time and (action.kind != "F" or kept[stage] < 2 * stages)
-            ]
-            if able:
-                begun.append((stage, min(able, key=_urgency)))
-        time += 1
-        for stage, action in begun:
-            lists[stage].append(action)
-            del at[stage][action]
-            kept[stage] += {"F": 1, "B": 0, "W": -1}[action.kind]
-            part = placement.part(stage, action.chunk)
-            if action.kind == "B":
-                at[stage][action._replace(kind="W")] = time
-            after = {"F": part + 1, "B": part - 1}.get(action.kind, -1)
+    while any(any(waiting.values()) for waiting in able):
+        done = []
+        for stage, waiting in enumerate(able):
+            for kind, chunk in kinds:
+                if waiting[kind, chunk] and (kind != "F" or kept[stage] < 2 * stages):
+                    done.append((stage, kind, chunk, waiting[kind, chunk].popleft()))
+                    break
+        for stage, kind, chunk, m in done:  # at the same time: what follows can run from now on
+            lists[stage].append(Action(kind, m, chunk))
+            kept[stage] += {"F": 1, "B": 0, "W": -1}[kind]
+            part = placement.part(stage, chunk)
+            if kind == "B":
+                able[stage]["W", chunk].append(m)
+            after = {"F": part + 1, "B": part - 1, "W": -1}[kind]
             if after == placement.parts:  # the loss: backward begins where forward has ended
-                at[stage][action._replace(kind="B")] = time
+                able[stage]["B", chunk].append(m)
             elif after >= 0:
                 to, chunk = placement.place(after)
-                at[to][action._replace(chunk=chunk)] = time
+                able[to][kind, chunk].append(m)
     yield from lists
 
 
-def _urgency(action: Action) -> tuple[int, int, int]:
-    return "BFW".index(action.kind), -action.chunk, action.micro_batch
-
-
+@functools.lru_cache(maxsize=256)
 def forward_only(placement: Placement, micro_batches: int) -> Schedule:
     """Evaluation and sampling: each micro-batch forward, in groups of p through all chunks."""
     stages, chunks, _ = placement
