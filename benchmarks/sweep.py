@@ -31,7 +31,9 @@ def pipeline() -> Iterator[str]:
     model = "--num-heads 8 --d-model 16 --sequence-length 8 --micro-batch 1 --global-batch 8"
     meshes = [(pp, tp) for pp, tp in itertools.product(SIZES, SIZES) if pp * tp <= 8]
     schedules = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2))
-    grid = itertools.product(FAMILIES, ("true", "false"), meshes, schedules, range(4), (False, True))
+    grid = itertools.product(
+        FAMILIES, ("true", "false"), meshes, schedules, range(4), (False, True)
+    )
     for number, (family, tied, (pp, tp), (schedule, chunks), zero, again) in enumerate(grid):
         recompute = ("block", "selective")[number // 2 % 2] if again else "none"
         sp = "--sp" if tp > 1 and number // 4 % 2 else "--no-sp"

@@ -8,11 +8,11 @@ import numpy as np
 
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
-from cupytron.layer import MicroBatch
 from cupytron.model import Transformer
 from cupytron.ops import philox
 from cupytron.parallel.pipeline import Pipeline, Work, run_schedule
 from cupytron.sampling import choose
+from cupytron.stash import MicroBatch
 
 __all__ = ["Decoder", "KVCache", "choose", "generate", "window_start"]
 

@@ -7,7 +7,7 @@ from own_model import TARGETS, OwnModel, batch
 
 from cupytron import ParallelContext, open_world, parallelize
 from cupytron.comm import SelfCommunicator
-from cupytron.layer import MicroBatch, Stash
+from cupytron.stash import MicroBatch, Stash
 
 
 def train(world, steps=60):

@@ -14,9 +14,9 @@ import numpy as np
 
 from cupytron.comm import ParallelContext, open_world
 from cupytron.config import load_config
-from cupytron.layer import MicroBatch, Stash
 from cupytron.nn import Block
 from cupytron.parallel import checker
+from cupytron.stash import MicroBatch, Stash
 from cupytron.trainer import Trainer
 
 MESHES = [

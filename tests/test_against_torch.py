@@ -10,8 +10,8 @@ import pytest
 
 from cupytron import ops
 from cupytron.config import ModelConfig, load_config, resolve_model
-from cupytron.layer import MicroBatch, Stash
 from cupytron.model import Transformer
+from cupytron.stash import MicroBatch, Stash
 from cupytron.trainer import Trainer
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ from meshes import config, on_mesh
 
 from cupytron.comm import ParallelContext
 from cupytron.config import resolve_model
-from cupytron.layer import MicroBatch, Stash
 from cupytron.parallel.plan import build
+from cupytron.stash import MicroBatch, Stash
 
 LAYERS, B, S, D, VOCAB, MICRO_BATCHES = 2, 2, 8, 16, 16, 2
 WIDE = 8  # bytes of a float64

@@ -11,8 +11,9 @@ import pytest
 from conftest import shake, small_config, small_model
 
 from cupytron import nn, ops
-from cupytron.layer import MicroBatch, Parameter, Stash, normal
+from cupytron.layer import Parameter, normal
 from cupytron.model import make_block
+from cupytron.stash import MicroBatch, Stash
 
 B, S, D = 2, 9, 16
 LIMIT = 1e-6

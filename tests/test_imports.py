@@ -21,7 +21,7 @@ LAYERS = [
     {"comm"},
     {"together"},
     {"ops"},
-    {"layer"},
+    {"layer", "stash"},
     {"nn"},
     {"model"},
     {"checkpoint", "checkpoint_format"},

@@ -19,7 +19,7 @@ from cupytron import AdamW, Zero, backend, cut
 from cupytron import trainer as trainer_module
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config
-from cupytron.layer import Layer, MicroBatch, Parameter, Stash, normal
+from cupytron.layer import Layer, Parameter, normal
 from cupytron.nn import MLP, Attention, Block, Embedding, Head
 from cupytron.parallel import plan
 from cupytron.parallel.buffer import Bucket
@@ -27,6 +27,7 @@ from cupytron.parallel.pipeline import Pipeline, run_schedule
 from cupytron.parallel.schedules import NAMES as NAMES_OF_SCHEDULES
 from cupytron.parallel.schedules import Schedule
 from cupytron.parallel.tensor import RowLinear
+from cupytron.stash import MicroBatch, Stash
 
 FOUND = {}  # one-process runs, shared by the cases below
 

@@ -148,7 +148,7 @@ def test_parameters_outside_of_layers_are_refused():
             self.scale = Parameter((3,), constant(1.0))
             self.norm = RMSNorm(3)
 
-    with pytest.raises(CupytronError, match="stand in no layer"):
+    with pytest.raises(CupytronError, match="stands in no layer"):
         Zero(Loose(), ParallelContext())
 
 

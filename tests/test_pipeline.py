@@ -12,11 +12,12 @@ from pipeline_memory import MESHES, MICRO_BATCHES, Sizes, Watch, formula, make_t
 from cupytron import AdamW, Zero, cut
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import resolve_model
-from cupytron.layer import Chain, Layer, MicroBatch, Parameter, Stash, normal
+from cupytron.layer import Chain, Layer, Parameter, normal
 from cupytron.model import Transformer
 from cupytron.nn import Block, Embedding, Head, LayerNorm, Linear
 from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.stages import _balanced, cost, divide
+from cupytron.stash import MicroBatch, Stash
 
 # which layers a part gets
 
@@ -153,6 +154,19 @@ class NoChain(Layer):
         self.embedding = Embedding(7, 8)
 
 
+class Bent(OwnChain):
+    """Not a chain, whatever it is called."""
+
+    def forward(self, x, stash):
+        return super().forward(x, stash) * 2
+
+
+class Outside(OwnChain):
+    def __init__(self):
+        super().__init__()
+        self.scale = Parameter((1, 1), normal(1.0))
+
+
 class Shared(OwnChain):
     """Two layers in the middle of the model that have one matrix."""
 
@@ -168,6 +182,8 @@ class Shared(OwnChain):
     ("make", "options", "words"),
     [
         (NoChain, {}, "NoChain: a pipeline cuts a chain of layers; make it a subclass of"),
+        (Bent, {}, "Bent: a pipeline cuts a chain of layers.* no forward or backward of its own"),
+        (Outside, {}, "scale: stands in no layer of the model; put each parameter into a layer"),
         (Shared, {"counts": [1, 1, 3]}, r"lift and lower share a parameter.* stages 1, 2; only"),
         (OwnChain, {"counts": [1, 1, 1]}, r"counts=\[1, 1, 1\]: the model has 5 layers"),
         (OwnChain, {"counts": [5]}, "the pipeline 3 parts"),

@@ -3,9 +3,10 @@
 from typing import Any
 
 from cupytron import backend, ops
-from cupytron.layer import Layer, Stash
+from cupytron.layer import Layer
 from cupytron.nn.linear import Linear
 from cupytron.ops import philox
+from cupytron.stash import Stash
 
 
 class Attention(Layer):

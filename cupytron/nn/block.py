@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from cupytron.layer import Layer, Stash, Wrapper, add_to
+from cupytron.layer import Layer, Wrapper
 from cupytron.nn.dropout import Dropout
+from cupytron.stash import Stash, add_to
 
 
 class Block(Layer):

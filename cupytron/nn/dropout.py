@@ -3,8 +3,9 @@
 from typing import Any
 
 from cupytron import ops
-from cupytron.layer import Layer, Stash
+from cupytron.layer import Layer
 from cupytron.ops import philox
+from cupytron.stash import Stash
 
 
 class Dropout(Layer):

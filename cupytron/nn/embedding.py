@@ -6,7 +6,8 @@ import numpy as np
 
 from cupytron import ops
 from cupytron.errors import CupytronError
-from cupytron.layer import Layer, Parameter, Stash, normal
+from cupytron.layer import Layer, Parameter, normal
+from cupytron.stash import Stash
 
 
 class Embedding(Layer):

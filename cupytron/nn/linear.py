@@ -4,7 +4,8 @@ from typing import Any
 
 from cupytron import ops
 from cupytron.errors import CupytronError
-from cupytron.layer import Layer, Parameter, Stash, constant, normal
+from cupytron.layer import Layer, Parameter, constant, normal
+from cupytron.stash import Stash
 
 
 class Linear(Layer):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from cupytron import ops
-from cupytron.layer import Layer, Stash
+from cupytron.layer import Layer
 from cupytron.nn.linear import Linear
+from cupytron.stash import Stash
 
 _ACTIVATIONS = {
     "gelu": lambda x: ops.gelu(x),

@@ -3,7 +3,8 @@
 from typing import Any
 
 from cupytron import ops
-from cupytron.layer import Layer, Parameter, Stash, constant
+from cupytron.layer import Layer, Parameter, constant
+from cupytron.stash import Stash
 
 
 class LayerNorm(Layer):

@@ -141,7 +141,9 @@ def make_buckets(model: Layer, pieces: int = 1) -> dict[str, Bucket]:
         pieces: as Bucket's.
 
     Returns: for the name of each top-level layer with parameters its bucket, in the order of the model.
-        Parameters that stand in none have the name "".
+
+    Raises:
+        CupytronError: a parameter that stands in no such layer, or a layer that shares some only.
     """
     names = [name for name, part in model.parts() if isinstance(part, Layer)]
     users: dict[int, list[str]] = {}
@@ -150,6 +152,11 @@ def make_buckets(model: Layer, pieces: int = 1) -> dict[str, Bucket]:
         for _, part in layer.parts():
             if isinstance(part, Parameter) and owner not in users.setdefault(id(part), []):
                 users[id(part)].append(owner)
+    if outside := [p.name for _, p in model.named_parameters() if "" in users[id(p)]]:
+        raise CupytronError(
+            f"{outside[0] or 'the model'}: stands in no layer of the model; put each parameter into a "
+            "layer that is an attribute, or in a dict that is one"
+        )
     groups: dict[tuple[str, ...], list[Parameter]] = {}
     for _, parameter in model.named_parameters():
         groups.setdefault(tuple(users[id(parameter)]), []).append(parameter)

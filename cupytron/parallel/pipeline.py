@@ -5,22 +5,21 @@ schedule evaluates and samples.
 """
 
 import contextlib
-import itertools
-from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import backend
-from cupytron.comm import Communicator, Handle, SelfCommunicator
+from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
-from cupytron.layer import Chain, Layer, MicroBatch, Stash
+from cupytron.layer import Chain, Layer
 from cupytron.parallel import schedules
 from cupytron.parallel.buffer import make_buckets
 from cupytron.parallel.data import sum_exactly
-from cupytron.parallel.schedules import POSTED, Message, Schedule
+from cupytron.parallel.mail import Mail, Shapes
+from cupytron.parallel.schedules import Schedule
 from cupytron.parallel.stages import divide, keep_only
+from cupytron.stash import MicroBatch, Stash
 
 
 class Work(NamedTuple):
@@ -29,6 +28,9 @@ class Work(NamedTuple):
     batch: MicroBatch
     ids: Any
     targets: Any
+
+
+_CHAIN = (Chain.forward, Chain.backward)
 
 
 class Part:
@@ -88,9 +90,7 @@ class Pipeline:
         self.stashes: dict[tuple[int, int], Stash] = {}
         self.trace: Any = None
         self.copies: dict[str, Communicator] = {}
-        self.shapes_of: dict[
-            Any, tuple[tuple[int, ...], Any]
-        ] = {}  # of messages, by what they carry
+        self.message_shapes: Shapes = {}
         model.name_parts()
         self.shapes = {p.name: p.shape for _, p in model.named_parameters()}
         self.parts: list[Any] = [model]
@@ -114,10 +114,12 @@ class Pipeline:
         return float(self.pp.all_gather(np.array([total]))[self.last_stage])
 
     def _cut(self, model: Any, ends: Communicator | None, counts: Sequence[int] | None) -> None:
-        if not isinstance(model, Chain):
+        kind = type(model)
+        if (getattr(kind, "forward", None), getattr(kind, "backward", None)) != _CHAIN:
             raise CupytronError(
-                f"{type(model).__name__}: a pipeline cuts a chain of layers; make it a subclass of "
-                "cupytron.layer.Chain, with its layers as attributes in the order of forward"
+                f"{kind.__name__}: a pipeline cuts a chain of layers; make it a subclass of "
+                "cupytron.layer.Chain, with its layers as attributes in the order of forward, and with no "
+                "forward or backward of its own"
             )
         counts = divide(model, self.placement.parts) if counts is None else counts
         names = list(model.chain())
@@ -215,7 +217,8 @@ def run_schedule(
     Returns: the results in the order of the micro-batches' forward; none but on the last stage.
     """
     stage, last = pipeline.pp.rank, pipeline.placement.parts - 1
-    mail = Mail(pipeline, schedule, work)
+    batches = [w.batch for w in work]
+    mail = Mail(pipeline.pp, schedule, batches, pipeline.message_shapes)
     stashes = pipeline.stashes
     stashes.clear()  # of a step that failed
     results = []
@@ -250,98 +253,3 @@ def run_schedule(
             mail.send(gives, made)
     mail.finish()
     return results
-
-
-class Mail:
-    """A stage's messages in one run of a schedule.
-
-    All stages know the whole schedule, and so in which order each sends: messages carry no name. Their
-    shape and dtype are sent ahead the first time that a part gets a micro-batch of some size.
-    """
-
-    def __init__(self, pipeline: Pipeline, schedule: Schedule, work: Sequence[Work]) -> None:
-        self.pp, self.schedule, self.work = pipeline.pp, schedule, work
-        self.known = pipeline.shapes_of
-        self.arrived: dict[Message, Any] = {}
-        self.under_way: dict[int, deque[Handle]] = defaultdict(deque)  # sends, by receiver
-        rank, stages = self.pp.rank, [s for s in range(self.pp.size) if s != self.pp.rank]
-        # what each other stage will send, in order; of that, what a receive is posted for
-        self.coming = {s: deque(schedule.sent(s, rank)) for s in stages}
-        self.posted: dict[int, deque[tuple[Message, Handle]]] = {s: deque() for s in stages}
-        # whether all that this stage sends to another has a shape that both have known before
-        self.settled = {
-            s: all(self._link(m) in self.known for m in schedule.sent(rank, s)) for s in stages
-        }
-        for stage in stages:
-            self._post(stage)
-
-    def take(self, message: Message) -> Any:
-        """The array that a message brings; waits for it."""
-        sender = self.schedule.sender(message)
-        while message not in self.arrived:
-            if not self.posted[sender]:
-                self._agree(sender)
-            self._post(sender)
-            came, handle = self.posted[sender].popleft()
-            self.arrived[came] = handle.wait()
-            self._post(sender)
-        return self.arrived.pop(message)
-
-    def send(self, message: Message, array: Any) -> None:
-        """Send an array on its way; it may not be changed any more."""
-        to = self.schedule.placement.place(message.part)[0]
-        if to == self.pp.rank:
-            self.arrived[message] = array
-            return
-        array = backend.array_module(array).ascontiguousarray(array)
-        link = self._link(message)
-        if link not in self.known:
-            self.known[link] = array.shape, array.dtype
-            self.pp.send(_describe(array), to)
-        under_way = self.under_way[to]
-        if len(under_way) == POSTED and self.settled[to]:
-            # the receiver has posted as many receives, and the checker knows that it is safe to wait for
-            # them: so no more arrays than these are held by sends
-            under_way.popleft().wait()
-        under_way.append(self.pp.send(array, to, async_op=True))
-
-    def finish(self) -> None:
-        """Wait until all has been sent."""
-        for handle in itertools.chain(*self.under_way.values()):
-            handle.wait()
-
-    def _link(self, message: Message) -> Any:
-        """What decides a message's shape and dtype."""
-        batch = self.work[message.micro_batch].batch
-        return message.kind, message.part, batch.batch_size, batch.sequence_length
-
-    def _agree(self, sender: int) -> None:
-        """Receive the shape and dtype of the next message from a stage, if they are not known."""
-        link = self._link(self.coming[sender][0])
-        if link not in self.known:
-            self.known[link] = _read(self.pp.recv(np.empty(2 + _DIMS, np.int64), sender))
-
-    def _post(self, sender: int) -> None:
-        """Have receives posted for the next messages from a stage."""
-        coming, posted = self.coming[sender], self.posted[sender]
-        while coming and len(posted) < POSTED and self._link(coming[0]) in self.known:
-            message = coming.popleft()
-            shape, dtype = self.known[self._link(message)]
-            handle = self.pp.recv(np.empty(shape, dtype), sender, async_op=True)
-            posted.append((message, handle))
-
-
-_DIMS = 6  # of a message, at most
-
-
-def _describe(array: Any) -> np.ndarray:
-    """Dtype and shape as numbers."""
-    words = np.full(2 + _DIMS, -1, np.int64)
-    words[:2] = ord(array.dtype.kind), array.dtype.itemsize
-    words[2 : 2 + array.ndim] = array.shape
-    return words
-
-
-def _read(words: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
-    shape = tuple(int(n) for n in words[2:] if n >= 0)
-    return shape, np.dtype(f"{chr(words[0])}{words[1]}")

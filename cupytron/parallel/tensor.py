@@ -13,8 +13,9 @@ import numpy as np
 
 from cupytron import backend, ops
 from cupytron.comm import Communicator
-from cupytron.layer import Layer, Parameter, Stash
+from cupytron.layer import Layer, Parameter
 from cupytron.nn import Linear
+from cupytron.stash import Stash
 
 
 class Region:

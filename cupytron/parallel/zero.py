@@ -24,10 +24,11 @@ from cupytron import backend, optim
 from cupytron.comm import Communicator, ParallelContext
 from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
-from cupytron.layer import Layer, Stash, Wrapper
+from cupytron.layer import Layer, Wrapper
 from cupytron.parallel.buffer import Bucket, make_buckets, share
 from cupytron.parallel.data import TreeSum, tree_reduce_scatter
 from cupytron.parallel.pipeline import Pipeline, Work, run_schedule
+from cupytron.stash import Stash
 
 _IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
 
@@ -105,11 +106,6 @@ class Zero:
             return layers[-1]
 
         model.replace(change)
-        if lost := [name for name in by_layer if name not in {layer.name for layer in layers}]:
-            raise CupytronError(
-                f"{lost[0] or 'the model'}: has parameters that stand in no layer of the model; put "
-                "each into a layer that is an attribute, or in a dict that is one"
-            )
         for first, second in itertools.pairwise(layers):
             first.following, second.preceding = second, first
 
