@@ -1,5 +1,6 @@
 """What a schedule promises, proved on the schedule alone: inputs, deadlock, memory, bubble."""
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -51,9 +52,9 @@ def check(schedule: Schedule) -> None:
 
 
 def _check_complete(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> None:
-    kinds = "F" + "B" * schedule.trains + "W" * schedule.splits_backward
+    kinds = schedule.kinds
     wanted = {
-        Action(kind, m, chunk)  # type: ignore[arg-type]
+        Action(kind, m, chunk)
         for kind in kinds
         for m in range(schedule.micro_batches)
         for chunk in range(schedule.placement.chunks)
@@ -95,8 +96,8 @@ def _replay(schedule: Schedule) -> None:
                 arrived[stage].add(came.popleft())
                 return True
             return False
-        for kind in {"F": "", "B": "F", "W": "FB"}[action.kind]:
-            if action._replace(kind=kind) not in done[stage]:  # type: ignore[arg-type]
+        for kind in itertools.takewhile(lambda kind: kind != action.kind, schedule.kinds):
+            if action._replace(kind=kind) not in done[stage]:
                 raise ScheduleError(f"stage {stage}: {_say(action)} comes before its {kind}")
         done[stage].add(action)
         if given := schedule.gives(stage, action):

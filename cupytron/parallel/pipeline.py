@@ -247,7 +247,7 @@ def run_schedule(
                 assert len(stash) == 0, f"backward left {len(stash)} entries in the stash"
             else:
                 stashes[m, chunk].run_weight_grads()
-        if action.kind == schedule.last_kind:
+        if action.kind == schedule.kinds[-1]:
             stashes.pop((m, chunk), None)
         if gives:
             mail.send(gives, made)

@@ -32,6 +32,9 @@ from cupytron.errors import CupytronError
 POSTED = 2  # receives that a stage keeps posted for each other stage
 
 
+Kind = Literal["F", "B", "W"]
+
+
 class Action(NamedTuple):
     """One thing to do with one micro-batch.
 
@@ -39,7 +42,7 @@ class Action(NamedTuple):
         are put off; otherwise B makes them too). chunk: which of the stage's parts of the model.
     """
 
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     micro_batch: int
     chunk: int = 0
 
@@ -98,20 +101,22 @@ class Schedule:
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]
 
-    @property
-    def splits_backward(self) -> bool:
-        """Whether gradients of weights are put off to a W."""
-        return any(action.kind == "W" for action in self.actions[0])
-
-    @property
-    def last_kind(self) -> str:
-        """The kind of action after which nothing of a micro-batch is needed any more."""
-        return "W" if self.splits_backward else "B" if self.trains else "F"
+    @functools.cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is done with each micro-batch and chunk, in this order."""
+        order: tuple[Kind, ...] = ("F", "B", "W")
+        there = {action.kind for action in self.actions[0]}
+        return tuple(kind for kind in order if kind in there)
 
     @property
     def trains(self) -> bool:
         """Whether there is a backward."""
-        return any(action.kind == "B" for action in self.actions[0])
+        return "B" in self.kinds
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights are put off to a W."""
+        return "W" in self.kinds
 
     def needs(self, stage: int, action: Action) -> Message | None:
         """The message that an action is run on; None: the step's tokens, or what the stage itself has."""
@@ -217,7 +222,8 @@ def zb_v(stages: int, micro_batches: int) -> Iterator[list[Action]]:
     placement = Placement(stages, 2, folded=True)
     lists: list[list[Action]] = [[] for _ in range(stages)]
     # what each stage can do next, most urgent kind first; of a kind, the micro-batches come in their order
-    kinds = [(kind, chunk) for kind in ("B", "F", "W") for chunk in (1, 0)]
+    order: tuple[Kind, ...] = ("B", "F", "W")
+    kinds = [(kind, chunk) for kind in order for chunk in (1, 0)]
     able: list[dict[Any, deque[int]]] = [{kind: deque() for kind in kinds} for _ in range(stages)]
     able[0]["F", 0].extend(range(micro_batches))
     kept = [0] * stages
