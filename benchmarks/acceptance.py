@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
 
-Names: clone gradients torch kills damage mesh sweep failing shakespeare bench (default: all). A check that
-fails does not stop the others; the exit code is 1 if one failed. The corpus is
+Names: clone gradients torch kills damage mesh sweep pipelines memory failing shakespeare bench (default:
+all). A check that fails does not stop the others; the exit code is 1 if one failed. The corpus is
 ../shared/data/tinyshakespeare.txt, the file in $SHAKESPEARE, or a download.
 """
 
@@ -150,15 +150,20 @@ def damage(log: Log) -> None:
 def mesh(log: Log) -> None:
     """Drawn meshes, planted bugs, costs; deterministic runs at dp=1, 2, 4, 8 and every ZeRO stage."""
     pytest(
-        log, "tests/test_mesh.py", "tests/test_costs.py", "--timeout=900", CUPYTRON_EXAMPLES="1000"
+        log,
+        "tests/test_mesh.py",
+        "tests/test_costs.py",
+        "tests/test_pipeline.py",
+        "--timeout=900",
+        CUPYTRON_EXAMPLES="1000",
     )
     pytest(log, "tests/test_run_mesh.py", "tests/test_examples.py", "--timeout=900",
            CUPYTRON_MESHES="all")  # fmt: skip
 
 
 def sweep(log: Log) -> None:
-    """Every split of 8 ranks, on 8 processes: tp x dp with SP and KV heads, and pp x tp x dp with schedules."""
-    for kind, number in (("tensor", 384), ("pipeline", 1280)):
+    """Every split of 8 ranks, on 8 processes: tp x dp with SP and KV heads; pp x tp x dp with schedules."""
+    for kind, number in (("tensor", 384), ("pipeline", 1600)):
         with tempfile.TemporaryDirectory() as folder:
             cases = Path(folder) / "cases.txt"
             cases.write_text(log.run(BIN / "python", "benchmarks/sweep.py", kind))
@@ -168,6 +173,26 @@ def sweep(log: Log) -> None:
         log.line(f"  {output.splitlines()[-1]}; the largest error is {max(errors):.1e}")
         right = len(errors) == number and max(errors) <= 1e-10
         hold(right, f"{len(errors)} {kind} cases, {max(errors):.1e}", log)
+
+
+def pipelines(log: Log) -> None:
+    """On 4 processes, with layers that take set times: bubbles within 10% of the predicted ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pipelines.json"
+        log.run(BIN / "mpirun", "-n", "4", BIN / "python", "benchmarks/pipelines.py", "--out", out)
+        found = json.loads(out.read_text())["set_times"]["4 processes"]["schedules"]
+    for times, of_schedules in found.items():
+        for name, bubble in of_schedules.items():
+            text = f"{name}, {times}: bubble {bubble['measured']:.1%}, predicted {bubble['predicted']:.1%}"
+            hold(abs(bubble["ratio"] - 1) <= 0.1, text, log)
+
+
+def memory(log: Log) -> None:
+    """Twelve meshes: stashes hold what the schedule says, and processes grow by that to 10%."""
+    pytest(log, "tests/test_pipeline.py", "-k", "stashes_hold")
+    output = log.run(BIN / "mpirun", "-n", "4", BIN / "python", "tests/pipeline_memory.py",
+                     OPENBLAS_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536")  # fmt: skip
+    log.line(f"  {output.splitlines()[-1]}")
 
 
 def failing(log: Log) -> None:
@@ -212,7 +237,20 @@ def shortfalls(found: dict) -> Iterator[str]:
 
 CHECKS: dict[str, Callable[[Log], None]] = {
     f.__name__: f
-    for f in (clone, gradients, torch, kills, damage, mesh, sweep, failing, shakespeare, bench)
+    for f in (
+        clone,
+        gradients,
+        torch,
+        kills,
+        damage,
+        mesh,
+        sweep,
+        pipelines,
+        memory,
+        failing,
+        shakespeare,
+        bench,
+    )
 }
 
 
