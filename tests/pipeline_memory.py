@@ -3,8 +3,8 @@
     MALLOC_MMAP_THRESHOLD_=65536 mpirun -n 4 python tests/pipeline_memory.py
 
 Prints a line for each stage; exit code 1 if a process grew by something else than what its stashes held, to
-10 %. (With that threshold the C library gives freed memory back at once.) tests/test_pipeline.py holds the
-stashes' own count against the schedules' formulas.
+10 %. (With that threshold the C library gives freed memory back at once.) With --small it is only tried whether
+it runs. tests/test_pipeline.py holds the stashes' own count against the schedules' formulas.
 """
 
 import sys
@@ -145,12 +145,13 @@ def measure(world, mesh, sizes):
 
 
 def main():
-    worst = 0.0
+    worst, small = 0.0, "--small" in sys.argv
+    sizes = Sizes(2, 16, 2, 8) if small else Sizes(8, 64, 32, 64)
     with open_world() as world:
         for mesh in MESHES:
             size = mesh["pp"] * mesh.get("tp", 1) * mesh.get("dp", 1)
             group = world.split(int(world.rank >= size), world.rank, "world")
-            found = [] if world.rank >= size else measure(group, mesh, Sizes(8, 64, 32, 64))
+            found = [] if world.rank >= size else measure(group, mesh, sizes)
             group.close()
             for stage, wanted, grew in found:
                 worst = max(worst, abs(grew / wanted - 1))
@@ -159,7 +160,7 @@ def main():
                     print(f"{mesh} stage {stage}: {said}, {grew / wanted:.3f}", flush=True)
         if world.rank == 0:
             print(f"the largest difference is {worst:.1%}")
-    return int(worst > 0.1)
+    return int(worst > 0.1 and not small)
 
 
 if __name__ == "__main__":
