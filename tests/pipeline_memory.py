@@ -3,8 +3,8 @@
     MALLOC_MMAP_THRESHOLD_=65536 mpirun -n 4 python tests/pipeline_memory.py
 
 Prints a line for each stage; exit code 1 if a process grew by something else than what its stashes held, to
-10 %. (With that threshold the C library gives freed memory back at once.) With --small it is only tried whether
-it runs. tests/test_pipeline.py holds the stashes' own count against the schedules' formulas.
+10 %. (With that threshold the C library gives freed memory back at once.) With --small nothing is held
+against anything. tests/test_pipeline.py holds the stashes' own count against the schedules' formulas.
 """
 
 import sys

@@ -16,8 +16,9 @@ from launchers import NAMES, launch
 from runs import ENVIRONMENT, TINY, command, cupytron, make_data, start
 
 from cupytron.checkpoint import Checkpoint
+from cupytron.cli.options import _giving_way
 from cupytron.comm import ParallelContext, run_ranks
-from cupytron.config import load_config
+from cupytron.config import ParallelConfig, load_config
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
 from cupytron.trained import load
@@ -362,3 +363,25 @@ def test_ctrl_c_stops_all_ranks_where_the_launcher_forwards_it(tmp_path, data):
     job.send_signal(signal.SIGINT)
     rest = job.communicate(timeout=60)[0]
     assert "stopped by SIGINT" in rest and job.returncode == 130, rest
+
+
+@pytest.mark.parametrize(
+    ("old", "ranks", "given", "moved"),
+    [
+        ({"tp": 2, "dp": 2}, 4, [], ""),
+        ({"tp": 2, "dp": 2}, 2, [], "dp"),
+        ({"tp": 2, "pp": 2}, 4, [], ""),
+        ({"tp": 2, "pp": 2}, 2, [], "dp pp split"),
+        ({"pp": 4}, 6, [], "dp pp split"),
+        ({"pp": 2, "dp": 2}, 4, ["parallel.tp=4"], "dp pp split"),
+        ({"tp": 4}, 2, ["parallel.pp=2"], "dp tp split"),
+        ({"tp": 2}, 3, [], "dp tp"),
+        ({"tp": 3, "pp": 2}, 5, [], "dp pp tp split"),
+        ({"pp": 2}, 2, ["parallel.chunks=4"], "split"),
+        ({"pp": 2}, 3, ["parallel.pp=two"], "split"),  # the settings' own checks say what is wrong
+    ],
+)
+def test_an_old_mesh_gives_way_where_it_does_not_fit(old, ranks, given, moved):
+    to = {"dp": "none", "split": "none", "tp": "1", "pp": "1"}
+    overrides = [f"parallel.{key}={to[key]}" for key in moved.split()]
+    assert _giving_way(ParallelConfig(**old), given, ranks) == overrides
