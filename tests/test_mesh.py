@@ -165,6 +165,7 @@ def drawn(draw):
     return config(*(f"{key}={value}" for key, value in values.items()), tp=tp, pp=pp, dp=dp, sp=sp)
 
 
+@pytest.mark.timeout(int(os.environ.get("CUPYTRON_EXAMPLES", "200")) * 3)  # on busy cores, too
 @settings(
     max_examples=int(os.environ.get("CUPYTRON_EXAMPLES", "200")),
     deadline=None,
