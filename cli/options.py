@@ -120,8 +120,20 @@ def _giving_way(old: "ParallelConfig", overrides: list[str], ranks: int) -> list
     choices: list[tuple[str, ...]] = [(), ("dp",), ("dp", "pp"), ("dp", "tp")]
     gone = next(filter(fits, choices), ("dp", "pp", "tp"))
     moved = [f"parallel.{axis}={'none' if axis == 'dp' else 1}" for axis in gone]
-    changed = "pp" in gone or given.keys() & {"parallel.pp", "parallel.chunks", "parallel.schedule"}
-    return [*moved, "parallel.split=none"] if changed else moved
+
+    def new(key: str) -> str | None:
+        """What was given for a key, if it is not what the run had."""
+        value = given.get(f"parallel.{key}")
+        return None if value == str(getattr(old, key)) else value
+
+    # without stages no schedule but 1f1b saves memory, and the chunks of one schedule are not another's
+    if ("pp" in gone or new("pp") == "1") and "parallel.schedule" not in given:
+        moved += ["parallel.schedule=1f1b", "parallel.chunks=none"]
+    elif new("schedule"):
+        moved.append("parallel.chunks=none")
+    if "pp" in gone or any(map(new, ("pp", "chunks", "schedule"))):
+        moved.append("parallel.split=none")
+    return moved
 
 
 # which of a run's checkpoints a command reads

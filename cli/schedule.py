@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cupytron.parallel.schedules import Schedule
 
 Times = tuple[float, float, float]
+MOST_WORK = 2**15  # a few seconds
 LEAST, MOST = 1e-9, 1e9  # of a time: none, and what sums of floats cannot hold, is no schedule
 
 
@@ -82,8 +83,15 @@ def command(
     Before that it is proved that the schedule can be run. Messages take no time in the drawing.
     Schedules that do not split backward have B and W in one.
     """
+    from cupytron.errors import ConfigError
     from cupytron.parallel import checker, gantt, schedules
 
+    work = stages * max(stages, micro_batches) * (chunks or 1)
+    if work > MOST_WORK:
+        raise ConfigError(
+            f"{stages} stages, {micro_batches} micro-batches, {chunks or 1} chunks: too many to draw; "
+            f"stages times chunks times the larger of stages and micro-batches may be {MOST_WORK}"
+        )
     schedule = schedules.make(name, stages, micro_batches, chunks)
     checker.check(schedule)
     timeline = checker.predict(schedule, *times)

@@ -164,8 +164,9 @@ def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
         # the embedding and the head can have a part of their own
         yield Problem(
             keys,
-            f"parallel.pp={p.pp}: {p.parts} parts (stages times chunks) are more than {layers} blocks, the "
-            "embedding and the head; use fewer, or more model.num_layers",
+            f"parallel.pp={p.pp}: {p.parts} parts (stages times chunks) are more than {layers} blocks, "
+            "the embedding and the head; use fewer, a parallel.schedule without chunks, or more "
+            "model.num_layers",
         )
     blocks = p.blocks_of_parts
     if blocks and (len(blocks) != p.parts or sum(blocks) != layers or 0 in blocks[1:-1]):

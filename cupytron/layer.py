@@ -100,7 +100,8 @@ class Layer:
     """A function with parameters and a backward next to its forward.
 
     forward(x, stash) -> y pushes what backward needs; backward(dy, stash) -> dx pops it, adds to the
-    parameters' gradients and returns the gradient of x. `dy` is read-only; dx is a new array.
+    parameters' gradients through the stash (weight_grad, bias_grad, add_grad, then: a schedule may put them
+    off) and returns the gradient of x. `dy` is read-only; dx is a new array.
 
     Attributes:
         name: full, in the model; set by name_parts.
@@ -128,6 +129,12 @@ class Layer:
                 for key, layer in value.items():
                     if isinstance(layer, Layer):
                         yield f"{name}.{key}", layer
+            elif isinstance(value, list | tuple):
+                if any(isinstance(part, Layer | Parameter) for part in value):
+                    raise CupytronError(
+                        f"{type(self).__name__}.{name}: layers and parameters in a list have no names and "
+                        "would not be trained; put them into a dict, such as {0: ..., 1: ...}"
+                    )
 
     def replace(self, change: Callable[[str, "Layer"], "Layer"], prefix: str = "") -> None:
         """Put change(full name, layer) in the place of every layer below this one, outermost first.
@@ -188,7 +195,8 @@ class Layer:
 class Chain(Layer):
     """Layers one after the other, in the order in which they are set: what a pipeline can cut.
 
-    A layer may be an attribute, or stand in a dict that is one; None is passed over.
+    A layer may be an attribute, or stand in a dict that is one; None is passed over. What one passes on to
+    the next is one array, whose shape depends on batch_size and sequence_length of the micro-batch only.
     """
 
     def chain(self) -> dict[str, Layer]:

@@ -151,7 +151,7 @@ def test_several_errors_are_a_line_each(capsys):
         "error: model.num_headz: unknown key; did you mean model.num_heads?",
         "optim.lr=-1: must be greater than 0",
         "parallel.pp=9: 9 parts (stages times chunks) are more than 4 blocks, the embedding and the head; "
-        "use fewer, or more model.num_layers",
+        "use fewer, a parallel.schedule without chunks, or more model.num_layers",
     ]
 
 

@@ -2,20 +2,28 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import small_config
+from launchers import NAMES, launch
 from meshes import config, on_mesh
 from pipeline_memory import MESHES, MICRO_BATCHES, Sizes, Watch, formula, make_trainer
 
 from cupytron import AdamW, Zero, cut
-from cupytron.comm import ParallelContext, run_ranks
+from cupytron.comm import Handle, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import resolve_model
 from cupytron.layer import Chain, Layer, Parameter, normal
 from cupytron.model import Transformer
 from cupytron.nn import Block, Embedding, Head, LayerNorm, Linear
+from cupytron.parallel import schedules
+from cupytron.parallel.mail import Mail
 from cupytron.parallel.pipeline import Pipeline
+from cupytron.parallel.schedules import make
 from cupytron.parallel.stages import _balanced, cost, divide
 from cupytron.stash import MicroBatch, Stash
 
@@ -118,15 +126,26 @@ class OwnChain(Chain):
         return self.head.loss(logits, targets, scale)
 
 
-def own_losses(world, pp, schedule, chunks=None, stage=0, make=OwnChain, **options):
+def own_losses(
+    world,
+    pp,
+    schedule,
+    chunks=None,
+    stage=0,
+    make=OwnChain,
+    steps=4,
+    length=5,
+    zero=None,
+    **options,
+):
     context, model, optimizer = ParallelContext(pp=pp, world=world), make(), AdamW()
     pipeline = Pipeline(model, context.pp, context.ends, schedule, chunks, **options)
-    zero = Zero(model, context, stage, pipeline=pipeline)
+    zero = Zero(model, context, stage, pipeline=pipeline, **(zero or {}))
     zero.materialize(3, np.float64, optimizer.STATE)
     losses = []
-    for step in range(4):
+    for step in range(steps):
         # lengths change from step to step: shapes are agreed on again
-        tokens = np.random.default_rng(step).integers(0, 7, (2, 4, 5 + step % 2))
+        tokens = np.random.default_rng(step).integers(0, 7, (2, 4, length + step % 2))
         work = cut(*tokens, 1, step=step)[context.dp.rank :: context.dp.size]
         losses.append(zero.compute_gradients(work, scale=1 / tokens[0].size))
         zero.update(optimizer, lr=0.1, step=step)
@@ -139,10 +158,10 @@ def own_losses(world, pp, schedule, chunks=None, stage=0, make=OwnChain, **optio
     [(2, "gpipe", None), (3, "1f1b", None), (2, "interleaved", 2), (4, "zb-h1", None)],
 )
 def test_a_chain_of_one_s_own_gives_the_same_losses(pp, schedule, chunks, stage):
-    for make in (OwnChain, lambda: OwnChain(tied=True)):
-        want = own_losses(None, 1, "1f1b", make=make)
+    for kind in (OwnChain, lambda: OwnChain(tied=True)):
+        want = own_losses(None, 1, "1f1b", make=kind)
         found = run_ranks(
-            2 * pp, lambda w, m=make: own_losses(w, pp, schedule, chunks, stage, make=m)
+            2 * pp, lambda w, m=kind: own_losses(w, pp, schedule, chunks, stage, make=m)
         )
         for losses in found:
             np.testing.assert_allclose(losses, want, rtol=1e-12)
@@ -194,6 +213,88 @@ def test_a_model_that_cannot_be_cut_is_refused(make, options, words):
         run_ranks(3, lambda world: own_losses(world, 3, "1f1b", make=make, **options))
 
 
+class Three(OwnChain):
+    """A table that embedding, a layer in the middle and the head share."""
+
+    def __init__(self):
+        super().__init__(tied=True)
+        self.lift = Linear(8, 7, bias=False)
+        self.lower = Linear(7, 8, std=0.5)
+        self.lift = Head(self.embedding.weight)
+
+
+class Direct(LayerNorm):
+    """Adds to its gradient itself."""
+
+    def backward(self, dy, stash):
+        stash.pop(self)
+        self.weight.grad += dy.sum(axis=0)
+        return dy
+
+
+class WithDirect(OwnChain):
+    def __init__(self):
+        super().__init__()
+        self.norm = Direct(8)
+
+
+class Tuples(OwnChain):
+    """A layer that passes on two arrays."""
+
+    def __init__(self):
+        super().__init__()
+
+        class Two(Linear):
+            def forward(self, x, stash):
+                return super().forward(x, stash), x
+
+        self.lift = Two(8, 12)
+
+
+class InAList(OwnChain):
+    def __init__(self):
+        super().__init__()
+        self.more = [Linear(8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("make", "schedule", "stage", "options", "words"),
+    [
+        (
+            Three,
+            "1f1b",
+            0,
+            {"zero": {"deterministic": True}},
+            r"embedding.weight is used by 3 layers",
+        ),
+        (
+            WithDirect,
+            "zb-h1",
+            2,
+            {},
+            r"norm.weight: its gradient is not here now; .* through the stash",
+        ),
+        (
+            Tuples,
+            "1f1b",
+            0,
+            {"counts": [2, 3]},
+            "would be sent a tuple; a layer of a chain passes on one",
+        ),
+        (InAList, "1f1b", 0, {}, "InAList.more: layers and parameters in a list have no names"),
+    ],
+)
+def test_what_would_go_wrong_is_said(make, schedule, stage, options, words):
+    with pytest.raises(ValueError, match=words):
+        run_ranks(2, lambda w: own_losses(w, 2, schedule, None, stage, make=make, **options))
+
+
+def test_three_users_of_a_table_without_determinism():
+    want = own_losses(None, 1, "1f1b", make=Three)
+    for losses in run_ranks(2, lambda world: own_losses(world, 2, "1f1b", make=Three)):
+        np.testing.assert_allclose(losses, want, rtol=1e-12)
+
+
 def test_stages_with_unequal_numbers_of_micro_batches_are_told():
     def body(world):
         context, model = ParallelContext(pp=2, world=world), OwnChain()
@@ -229,6 +330,110 @@ def test_a_stage_sends_each_activation_and_gradient_once(schedule):
         assert sent["send"] == 4 * neighbours * whole
         # the tied table's gradient, between first and last stage
         assert ends == ({"all_reduce": 13 * 16 * 8} if stage != 1 else {})
+
+
+def test_a_short_last_micro_batch():
+    """Five sequences in micro-batches of two: the last has one, and messages of its size."""
+
+    def losses(world, pp):
+        context, model = ParallelContext(pp=pp, world=world), OwnChain()
+        zero = Zero(model, context, pipeline=Pipeline(model, context.pp))
+        zero.materialize(3, np.float64)
+        tokens = np.random.default_rng(1).integers(0, 7, (2, 5, 4))
+        work = cut(*tokens, 2)
+        assert [w.batch.batch_size for w in work] == [2, 2, 1]
+        assert [w.batch.first_token for w in work] == [0, 8, 16]
+        return zero.compute_gradients(work, 1 / 20), zero.global_norm()
+
+    want = losses(None, 1)
+    assert run_ranks(2, lambda world: losses(world, 2)) == [pytest.approx(want, rel=1e-12)] * 2
+
+
+class Waiting(SelfCommunicator):
+    """Stage 0 of two, and a log of what is asked of it; nothing is sent, and every receive brings zeros."""
+
+    def __init__(self):
+        super().__init__("pp")
+        self.size, self.log, self.under_way = 2, [], 0
+
+    def send(self, x, to, async_op=False):
+        if not async_op:
+            self.log.append("shape")
+            return None
+        self.under_way += 1
+        self.log.append(f"send, {self.under_way} under way")
+
+        def wait():
+            self.under_way -= 1
+            self.log.append("wait")
+
+        return Handle(wait)
+
+    def recv(self, out, source, async_op=False):
+        out[...] = 0
+        self.log.append("recv" if async_op else "shape came")
+        return Handle(lambda: out) if async_op else out
+
+
+def test_sends_wait_only_where_receives_are_posted():
+    """In the first step nothing waits before the end; then two sends are under way at most."""
+    schedule, batches, known = make("gpipe", 2, 5), [MicroBatch(1, 3)] * 5, {}
+    messages = [schedule.gives(0, action) for action in schedule.actions[0][:5]]
+    logs = []
+    for _ in range(2):
+        pp = Waiting()
+        mail = Mail(pp, schedule, batches, known)
+        for message in messages:
+            mail.send(message, np.zeros((3, 4)))
+        known.setdefault(("B", 0, 1, 3), ((3, 4), np.dtype(float)))
+        mail.finish()
+        assert pp.under_way == 0
+        logs.append(pp.log)
+    first, second = logs
+    sends = [f"send, {n} under way" for n in range(1, 6)]
+    assert first == ["shape", *sends, *["wait"] * 5]
+    receives = ["recv"] * 2  # posted before anything is sent
+    again = ["wait", "send, 2 under way"] * 3
+    assert second == [*receives, *sends[:2], *again, "wait", "wait"]
+
+
+BIG = """
+import sys; sys.path.insert(0, {tests!r})
+import numpy as np
+import cupytron
+from cupytron.parallel.schedules import NAMES
+from test_pipeline import Wide, own_losses
+with cupytron.open_world() as world:
+    for name in NAMES:
+        found = own_losses(world, world.size, name, make=Wide, steps=2, length=1000)
+        world.rank or print(name, *found)
+"""
+
+
+class Wide(OwnChain):
+    """Messages of 1,000 tokens and 128 numbers: 1 MB, more than any library sends ahead."""
+
+    def __init__(self):
+        self.embedding = Embedding(7, 128, 0.5)
+        self.blocks = {i: Linear(128, 128, std=0.1) for i in range(7)}
+        self.head = Head(Parameter((7, 128), normal(0.1)))
+
+
+@pytest.mark.parametrize("launcher", NAMES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_large_messages_between_real_ranks(tmp_path, launcher, ranks):
+    """Every schedule, from the first step on, in which shapes are not known yet."""
+    script = tmp_path / "script.py"
+    script.write_text(BIG.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    argv, environment = launch(launcher, ranks, [sys.executable, str(script)], environment)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    want = own_losses(None, 1, "1f1b", make=Wide, steps=2, length=1000)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == list(schedules.NAMES)
+    for _, *losses in lines:
+        np.testing.assert_allclose([float(loss) for loss in losses], want, rtol=1e-10)
 
 
 # what is kept

@@ -253,6 +253,16 @@ def test_an_evaluation_shared_unevenly_is_exact(data, saved):
         assert result["val_loss"] == one["val_loss"]  # bit for bit: the sum is rounded once
 
 
+def test_a_deterministic_run_is_evaluated_on_any_number_of_replicas(tmp_path, data):
+    run_mesh(data, tmp_path / "run", "train.max_steps=1", "train.deterministic=true")
+    one = load(tmp_path / "run", "last").evaluate()
+
+    def body(world):
+        return load(tmp_path / "run", "last", context=ParallelContext(world=world)).evaluate()
+
+    assert [result["val_loss"] for result in run_ranks(3, body)] == [one["val_loss"]] * 3
+
+
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, data):
     out = tmp_path / "run"
     run_mesh(data, out, "train.max_steps=4", dp=2)
@@ -371,17 +381,22 @@ def test_ctrl_c_stops_all_ranks_where_the_launcher_forwards_it(tmp_path, data):
         ({"tp": 2, "dp": 2}, 4, [], ""),
         ({"tp": 2, "dp": 2}, 2, [], "dp"),
         ({"tp": 2, "pp": 2}, 4, [], ""),
-        ({"tp": 2, "pp": 2}, 2, [], "dp pp split"),
-        ({"pp": 4}, 6, [], "dp pp split"),
-        ({"pp": 2, "dp": 2}, 4, ["parallel.tp=4"], "dp pp split"),
+        ({"tp": 2, "pp": 2}, 2, [], "dp pp schedule chunks split"),
+        ({"pp": 4}, 6, [], "dp pp schedule chunks split"),
+        ({"pp": 2, "dp": 2}, 4, ["parallel.tp=4"], "dp pp schedule chunks split"),
         ({"tp": 4}, 2, ["parallel.pp=2"], "dp tp split"),
         ({"tp": 2}, 3, [], "dp tp"),
-        ({"tp": 3, "pp": 2}, 5, [], "dp pp tp split"),
+        ({"tp": 3, "pp": 2}, 5, [], "dp pp tp schedule chunks split"),
         ({"pp": 2}, 2, ["parallel.chunks=4"], "split"),
+        ({"pp": 2}, 2, ["parallel.schedule=zb-h1"], "chunks split"),
+        ({"pp": 2}, 2, ["parallel.schedule=1f1b"], ""),
+        ({"pp": 2}, 2, ["parallel.pp=2"], ""),
+        ({"pp": 2, "schedule": "gpipe"}, 1, ["parallel.pp=1"], "schedule chunks split"),
+        ({"pp": 2}, 1, ["parallel.schedule=gpipe"], "dp pp chunks split"),
         ({"pp": 2}, 3, ["parallel.pp=two"], "split"),  # the settings' own checks say what is wrong
     ],
 )
 def test_an_old_mesh_gives_way_where_it_does_not_fit(old, ranks, given, moved):
-    to = {"dp": "none", "split": "none", "tp": "1", "pp": "1"}
-    overrides = [f"parallel.{key}={to[key]}" for key in moved.split()]
+    to = {"tp": "1", "pp": "1", "schedule": "1f1b"}
+    overrides = [f"parallel.{key}={to.get(key, 'none')}" for key in moved.split()]
     assert _giving_way(ParallelConfig(**old), given, ranks) == overrides

@@ -82,8 +82,10 @@ class Bucket:
         """Take a flat array (or None) as the place of the parameters' gradients."""
         self.grad = grad
         for parameter, start, stop in self.segments:
-            view = None if grad is None else grad[start:stop].reshape(parameter.local_shape)
-            parameter.grad = view
+            if grad is None:
+                parameter.grad = _Closed(parameter.name)
+            else:
+                parameter.grad = grad[start:stop].reshape(parameter.local_shape)
 
     def ranges(self, chosen: Callable[[Parameter], bool], within: slice) -> list[slice]:
         """Where the chosen parameters lie inside a range; neighbours are joined."""
@@ -121,6 +123,21 @@ class Bucket:
     def local(self, part: slice) -> slice:
         """A range of the bucket as a range of the arrays of what is owned."""
         return slice(part.start - self.owned.start, part.stop - self.owned.start)
+
+
+class _Closed:
+    """In the place of a gradient that is not here between micro-batches, or not before W."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _refuse(self, *_: Any) -> Any:
+        raise CupytronError(
+            f"{self.name}: its gradient is not here now; a layer adds to it through the stash "
+            "(weight_grad, bias_grad, add_grad, then), which waits until it is"
+        )
+
+    __iadd__ = __add__ = __getitem__ = __setitem__ = _refuse
 
 
 def _sum_of_squares(flat: Any) -> float:

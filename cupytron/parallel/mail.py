@@ -9,6 +9,7 @@ import numpy as np
 
 from cupytron import backend
 from cupytron.comm import Communicator, Handle
+from cupytron.errors import CupytronError
 from cupytron.parallel.schedules import POSTED, Message, Schedule
 from cupytron.stash import MicroBatch
 
@@ -67,6 +68,11 @@ class Mail:
         if to == self.pp.rank:
             self.arrived[message] = array
             return
+        if not hasattr(array, "dtype"):
+            raise CupytronError(
+                f"part {message.part} of the pipeline would be sent a {type(array).__name__}; a layer of a "
+                "chain passes on one array"
+            )
         array = backend.array_module(array).ascontiguousarray(array)
         link = self._link(message)
         if link not in self.known:

@@ -71,6 +71,7 @@ class Pipeline:
         placement: which stage has which parts.
         shapes: of all parameters of the whole model, by name.
         copies: by the name of a parameter that this stage shares with another one, the two stages.
+        users: by the name of each such parameter, how many layers of the whole model use it.
         stashes: of the micro-batches in flight, by micro-batch and chunk.
         trace: None, or what records each action (trace.Trace).
     """
@@ -90,6 +91,7 @@ class Pipeline:
         self.stashes: dict[tuple[int, int], Stash] = {}
         self.trace: Any = None
         self.copies: dict[str, Communicator] = {}
+        self.users: dict[str, int] = {}
         self.message_shapes: Shapes = {}
         model.name_parts()
         self.shapes = {p.name: p.shape for _, p in model.named_parameters()}
@@ -154,6 +156,7 @@ class Pipeline:
                 )
             for segment in bucket.segments:
                 segment.parameter.alias = segment.parameter.name
+                self.users[segment.parameter.name] = len(bucket.owners)
                 if self.pp.rank in stages:
                     self.copies[segment.parameter.name] = ends
 
@@ -174,17 +177,18 @@ def cut(
     Shapes: inputs, targets (sequences, S).
 
     Args:
-        micro_batch: sequences of each.
+        micro_batch: sequences of each; the last one may have fewer.
         step, seed, training: as MicroBatch's.
         replica, replicas: number i here is micro-batch i * replicas + replica of the step. (With all of
             the step's sequences, cut(...)[dp.rank :: dp.size] is a replica's share.)
     """
     count, seq = inputs.shape
+    sizes = {first: min(micro_batch, count - first) for first in range(0, count, micro_batch)}
     positions = np.arange(seq)
     return [
         Work(
             MicroBatch(
-                batch_size=micro_batch,
+                batch_size=size,
                 sequence_length=seq,
                 positions=positions,
                 step=step,
@@ -195,7 +199,7 @@ def cut(
             inputs[first : first + micro_batch].reshape(-1),
             targets[first : first + micro_batch].reshape(-1),
         )
-        for first in range(0, count, micro_batch)
+        for first, size in sizes.items()
     ]
 
 

@@ -154,7 +154,7 @@ def build(
     pipeline = Pipeline(
         transformer, context.pp, context.ends, parallel.schedule, parallel.chunks, counts
     )
-    deterministic = config.train.deterministic
+    deterministic = config.train.deterministic and training
     zero = Zero(transformer, context, parallel.zero, deterministic, training, pipeline)
     return transformer, zero
 

@@ -6,13 +6,16 @@ activations) and W (gradients of weights) for one micro-batch:
     schedule      bubble: idle time of a stage    micro-batches that stage s keeps at once
     gpipe         (p - 1)(F + B + W)              M
     1f1b          (p - 1)(F + B + W)              min(M, p - s)
-    interleaved   (p - 1)(F + B + W) / v          (2(p - s - 1) + (v - 1) p + 1) / v, if p divides M
+    interleaved   (p - 1)(F + B + W) / v,         (2(p - s - 1) + (v - 1) p + 1) / v, if v > 1
+                  if p divides M
     zb-h1         (p - 1)(F + B - W), if M >= p   p - s, and s + 1 that wait for their W
                   and W <= F; (p - 1) B, if W > F;
                   both if B >= min(F, W)
     zb-v          from (p - 1) F / 2 to less      p, with those that wait for their W
                   than zb-h1's, if F = B = W
                   and M >= p > 1
+
+Where there are fewer micro-batches than these numbers, all M are kept, and wait.
 
 Reference: Huang et al. 2019, "GPipe", arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473 (1F1B with
 flush, and interleaved); Qi et al. 2024, "Zero Bubble Pipeline Parallelism", arXiv:2401.10241 (ZB-H1), and
@@ -178,8 +181,8 @@ def one_f_one_b(stages: int, micro_batches: int) -> Iterator[list[Action]]:
 def interleaved(stages: int, micro_batches: int, chunks: int) -> Iterator[list[Action]]:
     """1F1B over several parts of the model on each stage: micro-batches go round in groups of p.
 
-    Activations kept: 2(p - s - 1) + (v - 1) p + 1 chunks of 1 / v of the stage's layers each, if p
-    divides M. If it does not, the last group is run as if it were full, without the micro-batches that do
+    Activations kept: 2(p - s - 1) + (v - 1) p + 1 chunks of 1 / v of the stage's layers each, or all M v.
+    If p does not divide M, the last group is run as if it were full, without the micro-batches that do
     not exist.
     """
     if chunks == 1:

@@ -71,6 +71,12 @@ class Zero:
                 f"deterministic training with dp={self.dp.size}: replicas are the levels of a binary "
                 f"tree; choose dp from {fits}"
             )
+        if deterministic and (many := [n for n, u in self.pipeline.users.items() if u > 2]):
+            raise CupytronError(
+                f"deterministic training: {many[0]} is used by {self.pipeline.users[many[0]]} layers on "
+                "two stages, and their sum has one order only if there are two of them; put these layers "
+                "on one stage"
+            )
         by_layer = make_buckets(model, pieces)
         self.buckets = list(dict.fromkeys(by_layer.values()))
         for bucket in self.buckets:
@@ -126,6 +132,7 @@ class Zero:
             if not self.training:
                 continue
             if self.parts_at_once:
+                bucket.set_grad(None)
                 bucket.gradient = np.zeros_like(bucket.weights)
             else:
                 bucket.set_grad(np.zeros(bucket.size, dtype))
