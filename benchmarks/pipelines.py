@@ -113,7 +113,7 @@ def run_slow(
 
 def gather(trace: Trace, context: ParallelContext) -> list[Record]:
     """What each rank has traced. Collective."""
-    return context.world.gather_objects(Record(context.coordinates, trace._spans, {}))
+    return context.world.gather_objects(trace.record(context))
 
 
 def measure_slow(world: Communicator, arguments: argparse.Namespace) -> dict:

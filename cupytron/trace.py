@@ -127,6 +127,11 @@ class Trace:
     def _now(self) -> float:
         return time.perf_counter() - self._zero
 
+    def record(self, context: "ParallelContext") -> Record:
+        """What this rank has noted so far."""
+        place = {axis: context.coordinates[axis] for axis in context.sizes}
+        return Record(place, self._spans, self._operations)
+
     def write(self, path: Path, context: "ParallelContext", schedule: Schedule) -> str:
         """Write the steps traced so far, of which there is one; returns a line about them. Collective.
 
@@ -136,8 +141,7 @@ class Trace:
         Raises:
             OSError: on rank 0 only, the one that writes; no other rank waits for it.
         """
-        place = {axis: context.coordinates[axis] for axis in context.sizes}
-        records = context.world.gather_objects(Record(place, self._spans, self._operations))
+        records = context.world.gather_objects(self.record(context))
         if context.world.rank == 0:
             about = {"mesh": context.sizes, "schedule": schedule.name}
             events = list(chrome_events(records))
