@@ -289,6 +289,11 @@ def test_what_would_go_wrong_is_said(make, schedule, stage, options, words):
         run_ranks(2, lambda w: own_losses(w, 2, schedule, None, stage, make=make, **options))
 
 
+def test_a_model_that_nobody_has_cut_is_refused():
+    with pytest.raises(ValueError, match=r"the mesh has pp=2 stages, and the model is not cut"):
+        run_ranks(2, lambda world: Zero(OwnChain(), ParallelContext(pp=2, world=world)))
+
+
 def test_three_users_of_a_table_without_determinism():
     want = own_losses(None, 1, "1f1b", make=Three)
     for losses in run_ranks(2, lambda world: own_losses(world, 2, "1f1b", make=Three)):

@@ -58,9 +58,13 @@ class Zero:
         training: bool = True,
         pipeline: Pipeline | None = None,
     ) -> None:
-        self.pipeline = pipeline or Pipeline(
-            model
-        )  # names the parts: initial values depend on names
+        if pipeline is None and context.pp.size > 1:
+            raise CupytronError(
+                f"the mesh has pp={context.pp.size} stages, and the model is not cut: make a Pipeline of "
+                "it, and give that as pipeline="
+            )
+        # names the model's parts: initial values depend on names
+        self.pipeline = pipeline or Pipeline(model)
         self.model, self.context, self.dp, self.stage = model, context, context.dp, stage
         self.deterministic, self.training = deterministic, training
         self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
