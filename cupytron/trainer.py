@@ -14,7 +14,7 @@ from cupytron.errors import CheckpointError, CupytronError
 from cupytron.layer import Parameter
 from cupytron.parallel.buffer import share
 from cupytron.parallel.data import count_targets
-from cupytron.parallel.pipeline import Pipeline, Work, cut, run_schedule
+from cupytron.parallel.pipeline import Pipeline, Work, cut
 from cupytron.parallel.plan import build
 from cupytron.parallel.zero import Zero
 
@@ -235,10 +235,4 @@ def _losses(pipeline: Pipeline, batches: list[Any]) -> list[float]:
     work: list[Work] = []
     for inputs, targets in batches:
         work += cut(inputs, targets, len(inputs), training=False)
-    model = pipeline.model
-    return run_schedule(
-        pipeline,
-        pipeline.schedule(len(work), training=False),
-        work,
-        lambda logits, w: model.loss(logits, w.targets, 1.0),
-    )
+    return pipeline.losses(work, 1.0, training=False)

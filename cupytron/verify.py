@@ -19,7 +19,7 @@ from cupytron.config import ParallelConfig, RunConfig
 from cupytron.errors import CupytronError
 from cupytron.layer import Init, Layer
 from cupytron.ops import philox
-from cupytron.parallel.pipeline import cut, run_schedule
+from cupytron.parallel.pipeline import cut
 from cupytron.trainer import Trainer
 from cupytron.watchdog import Note, unwatched
 
@@ -229,7 +229,8 @@ def _replicas_equal(trainer: Trainer) -> bool:
         if bucket.data is not None:
             digest.update(bucket.data.tobytes())
         if copies := trainer.zero.copies(bucket):
-            equal &= len(set(copies.gather_objects(bucket.weights.tobytes()))) == 1
+            mine = hashlib.sha256(bucket.weights).hexdigest()
+            equal &= len(set(copies.gather_objects(mine))) == 1
     return equal and len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
 
 
@@ -286,14 +287,7 @@ def _loss(trainer: Trainer, inputs: Any, targets: Any) -> float:
     train = trainer.config.train
     work = cut(inputs, targets, train.micro_batch, step=trainer.step, seed=train.seed)
     scale = 1 / max(1, int((targets != ops.IGNORE).sum()))
-    pipeline, model = trainer.zero.pipeline, trainer.model
-    losses = run_schedule(
-        pipeline,
-        pipeline.schedule(len(work), training=False),
-        work,
-        lambda logits, w: model.loss(logits, w.targets, scale),
-    )
-    return float(np.sum(losses))
+    return float(np.sum(trainer.zero.pipeline.losses(work, scale, training=False)))
 
 
 def run(

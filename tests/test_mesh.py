@@ -515,7 +515,7 @@ def test_deterministic_training_has_one_blas_thread(monkeypatch):
         seen.append([library.get_num_threads() for library in backend._blas()])
         return run_schedule(*arguments)
 
-    monkeypatch.setattr("cupytron.parallel.zero.run_schedule", watched)
+    monkeypatch.setattr("cupytron.parallel.pipeline.run_schedule", watched)
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         own_losses(None, 1, 0, steps=1, deterministic=True)
     assert set(seen[0]) == {1}

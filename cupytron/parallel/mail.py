@@ -54,9 +54,8 @@ class Mail:
         """The array that a message brings; waits for it."""
         sender = self.schedule.sender(message)
         while message not in self.arrived:
-            if not self.posted[sender]:
+            if not self.posted[sender]:  # only a shape that is not known keeps a receive back
                 self._agree(sender)
-            self._post(sender)
             came, handle = self.posted[sender].popleft()
             self.arrived[came] = handle.wait()
             self._post(sender)
@@ -96,10 +95,10 @@ class Mail:
         return message.kind, message.part, batch.batch_size, batch.sequence_length
 
     def _agree(self, sender: int) -> None:
-        """Receive the shape and dtype of the next message from a stage, if they are not known."""
+        """Receive the shape and dtype of the next message from a stage, and post its receive."""
         link = self._link(self.coming[sender][0])
-        if link not in self.known:
-            self.known[link] = _read(self.pp.recv(np.empty(2 + _DIMS, np.int64), sender))
+        self.known[link] = _read(self.pp.recv(np.empty(2 + _DIMS, np.int64), sender))
+        self._post(sender)
 
     def _post(self, sender: int) -> None:
         """Have receives posted for the next messages from a stage."""

@@ -33,25 +33,15 @@ class Work(NamedTuple):
 _CHAIN = (Chain.forward, Chain.backward)
 
 
-class Part:
-    """Some layers of a chain, one after the other: what a stage runs in one action."""
+class Part(Chain):
+    """Some layers of a chain: what a stage runs in one action."""
 
     def __init__(self, model: Chain, layers: slice) -> None:
         self.model, self.layers = model, layers
 
-    def forward(self, x: Any, stash: Stash) -> Any:
-        for layer in self._mine():
-            x = layer.forward(x, stash)
-        return x
-
-    def backward(self, dy: Any, stash: Stash) -> Any:
-        for layer in reversed(self._mine()):
-            dy = layer.backward(dy, stash)
-        return dy
-
-    def _mine(self) -> list[Layer]:
+    def chain(self) -> dict[str, Layer]:
         # looked up each time: ZeRO puts its wrappers there later
-        return list(self.model.chain().values())[self.layers]
+        return dict(list(self.model.chain().items())[self.layers])
 
 
 class Pipeline:
@@ -104,6 +94,17 @@ class Pipeline:
         if not training:
             return schedules.forward_only(self.placement, micro_batches)
         return schedules.make(self.name, self.pp.size, micro_batches, self.placement.chunks)
+
+    def losses(self, work: Sequence["Work"], scale: float, training: bool = True) -> list[float]:
+        """Run micro-batches forward, and backward in training: their losses, [] but on the last stage.
+
+        Args:
+            scale: of the loss.
+        """
+        schedule, model = self.schedule(len(work), training), self.model
+        return run_schedule(
+            self, schedule, work, lambda logits, w: model.loss(logits, w.targets, scale)
+        )
 
     @property
     def last_stage(self) -> int:

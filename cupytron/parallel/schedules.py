@@ -188,8 +188,7 @@ def interleaved(stages: int, micro_batches: int, chunks: int) -> Iterator[list[A
     if chunks == 1:
         yield from one_f_one_b(stages, micro_batches)
         return
-    groups = range(0, micro_batches, stages)
-    order = [(m, chunk) for group in groups for chunk in range(chunks) for m in _up(group, stages)]
+    order = list(_in_groups(stages, micro_batches, chunks))
     for stage in range(stages):
         actions = _alternate(
             [Action("F", m, chunk) for m, chunk in order],
@@ -256,18 +255,17 @@ def zb_v(stages: int, micro_batches: int) -> Iterator[list[Action]]:
 def forward_only(placement: Placement, micro_batches: int) -> Schedule:
     """Evaluation and sampling: each micro-batch forward, in groups of p through all chunks."""
     stages, chunks, _ = placement
-    actions = tuple(
-        Action("F", m, chunk)
-        for group in range(0, micro_batches, stages)
-        for chunk in range(chunks)
-        for m in _up(group, stages)
-        if m < micro_batches
-    )
+    order = _in_groups(stages, micro_batches, chunks)
+    actions = tuple(Action("F", m, chunk) for m, chunk in order if m < micro_batches)
     return Schedule("forward-only", placement, micro_batches, (actions,) * stages)
 
 
-def _up(start: int, count: int) -> range:
-    return range(start, start + count)
+def _in_groups(stages: int, micro_batches: int, chunks: int) -> Iterator[tuple[int, int]]:
+    """Micro-batch and chunk, a group of p micro-batches after the other; the last group is full, too."""
+    for group in range(0, micro_batches, stages):
+        for chunk in range(chunks):
+            for m in range(group, group + stages):
+                yield m, chunk
 
 
 def _alternate(forward: list[Action], backward: list[Action], warmup: int) -> list[Action]:

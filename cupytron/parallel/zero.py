@@ -27,7 +27,7 @@ from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Wrapper
 from cupytron.parallel.buffer import Bucket, make_buckets, share
 from cupytron.parallel.data import TreeSum, tree_reduce_scatter
-from cupytron.parallel.pipeline import Pipeline, Work, run_schedule
+from cupytron.parallel.pipeline import Pipeline, Work
 from cupytron.stash import Stash
 
 _IN_FLIGHT = 2  # reductions whose full gradients may be in memory at once, under stages 2 and 3
@@ -165,16 +165,10 @@ class Zero:
         Returns: the loss, added up over the replicas.
         """
         self.begin_step(len(work))
-        model: Any = self.model
         # OpenBLAS gives other bits with other numbers of threads
         threads = backend.one_blas_thread() if self.deterministic else contextlib.nullcontext()
         with threads:
-            losses = run_schedule(
-                self.pipeline,
-                self.pipeline.schedule(len(work)),
-                work,
-                lambda logits, w: model.loss(logits, w.targets, scale),
-            )
+            losses = self.pipeline.losses(work, scale)
         self.finish_gradients()
         return self.pipeline.total(self.dp, losses)
 
