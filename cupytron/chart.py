@@ -80,7 +80,7 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
+def ticks(low: float, high: float, count: float) -> list[float]:
     """About `count` round values (1, 2 or 5 times a power of ten) from low to high."""
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "cupytron"
 
 # Each may import what stands before it, and its own layer.
 LAYERS = [
-    {"errors"},
+    {"errors", "chart"},
     {"launcher", "failing", "process", "config", "config_io", "config_checks", "config_reader"},
     {"backend"},
     {"comm"},
@@ -41,7 +41,6 @@ LAYERS = [
         "trained",
         "report",
         "report_page",
-        "chart",
     },
     {"cli"},
 ]

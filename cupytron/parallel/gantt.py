@@ -4,6 +4,7 @@ import math
 import string
 from html import escape
 
+from cupytron.chart import ticks
 from cupytron.parallel.checker import Span, Timeline
 from cupytron.parallel.schedules import Action
 
@@ -182,13 +183,9 @@ def _legend(timeline: Timeline, words: dict[str, str], chunks: int) -> list[str]
 
 def _axis(total: float, scale: float, width: float, bottom: int) -> list[str]:
     """A line with round times, about 100 pixels apart."""
-    rough = 100 / scale
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next((f for f in (1, 2, 5) if f * power >= rough), 10)
+    times = ticks(0.0, total, total * scale / 100) if total else [0.0]
     line = f'<path d="M{LEFT} {bottom}H{LEFT + width:.2f}'
-    marks = [
-        (LEFT + i * step * scale, i * step) for i in range(math.floor(total / step + 1e-9) + 1)
-    ]
+    marks = [(LEFT + time * scale, time) for time in times]
     line += "".join(f"M{x:.2f} {bottom}v5" for x, _ in marks) + '" stroke="#222222" fill="none"/>'
     labels = [
         f'<text x="{x:.2f}" y="{bottom + 18}" text-anchor="middle">{t:.6g}</text>' for x, t in marks
