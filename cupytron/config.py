@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cupytron.config_checks import Problem, check_mesh, check_model, check_run
+from cupytron.config_checks import CHUNKS, Problem, check_mesh, check_model, check_run
 from cupytron.config_io import write_toml
 from cupytron.config_reader import Conflict, Reader
 from cupytron.errors import ConfigError
@@ -235,7 +235,7 @@ class ParallelConfig(_Settings):
     @property
     def parts(self) -> int:
         """Parts that the pipeline cuts the model into."""
-        return self.pp * (self.chunks or (2 if self.schedule in ("interleaved", "zb-v") else 1))
+        return self.pp * (self.chunks or CHUNKS[self.schedule])
 
     @property
     def blocks_of_parts(self) -> list[int]:

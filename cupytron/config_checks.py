@@ -1,6 +1,6 @@
 """Every check of settings that are fine by themselves and not together, with its way out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -8,6 +8,9 @@ if TYPE_CHECKING:
 
 MOST_CHOICES = 9
 MOST_REPLICAS = 64  # of deterministic training: a power of two, the leaves of its tree of sums
+
+# parts of the model on each stage, by schedule; interleaved takes any other number, too
+CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h1": 1, "zb-v": 2}
 
 
 class Problem(NamedTuple):
@@ -151,7 +154,7 @@ def _misfit(config: "RunConfig", ranks: int) -> str:
 
 def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
     p, layers = config.parallel, config.model.num_layers
-    fixed = 2 if p.schedule == "zb-v" else 1
+    fixed = CHUNKS[p.schedule]
     if p.chunks not in (None, fixed) and p.schedule != "interleaved":
         yield Problem(
             ("parallel.chunks", "parallel.schedule"),
@@ -168,13 +171,17 @@ def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
             "the embedding and the head; use fewer, a parallel.schedule without chunks, or more "
             "model.num_layers",
         )
-    blocks = p.blocks_of_parts
-    if blocks and (len(blocks) != p.parts or sum(blocks) != layers or 0 in blocks[1:-1]):
+    if p.split and not split_fits(p.blocks_of_parts, p.parts, layers):
         yield Problem(
             ("parallel.split", *keys),
             f"parallel.split={p.split}: give the blocks of {p.parts} parts, {layers} together; only "
             "the first and the last part, with embedding and head, may have 0",
         )
+
+
+def split_fits(split: Sequence[int], parts: int, blocks: int) -> bool:
+    """Whether these numbers of blocks can be the parts'; embedding and head make up for none."""
+    return len(split) == parts and sum(split) == blocks and 0 not in split[1:-1]
 
 
 def divisors(number: int) -> list[int]:

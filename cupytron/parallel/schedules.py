@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from cupytron.config_checks import CHUNKS
 from cupytron.errors import CupytronError
 
 POSTED = 2  # receives that a stage keeps posted for each other stage
@@ -277,11 +278,10 @@ def _alternate(forward: list[Action], backward: list[Action], warmup: int) -> li
 class _Kind(NamedTuple):
     """How a schedule is made.
 
-    chunks: what it has if it is not told; fixed: and cannot be told.
+    fixed: whether its number of chunks is that of CHUNKS, and cannot be told.
     """
 
     generate: Callable[..., Iterator[list[Action]]]
-    chunks: int = 1
     fixed: bool = True
     folded: bool = False
 
@@ -289,9 +289,9 @@ class _Kind(NamedTuple):
 _KINDS = {
     "gpipe": _Kind(gpipe),
     "1f1b": _Kind(one_f_one_b),
-    "interleaved": _Kind(interleaved, chunks=2, fixed=False),
+    "interleaved": _Kind(interleaved, fixed=False),
     "zb-h1": _Kind(zb_h1),
-    "zb-v": _Kind(zb_v, chunks=2, folded=True),
+    "zb-v": _Kind(zb_v, folded=True),
 }
 NAMES = tuple(_KINDS)
 
@@ -308,12 +308,12 @@ def placement_of(name: str, stages: int, chunks: int | None = None) -> Placement
     if name not in _KINDS:
         raise CupytronError(f"unknown schedule {name!r}; choose from {', '.join(NAMES)}")
     kind = _KINDS[name]
-    chunks = kind.chunks if chunks is None else chunks
+    chunks = CHUNKS[name] if chunks is None else chunks
     if chunks < 1 or stages < 1:
         raise CupytronError(f"stages={stages}, chunks={chunks}: must be at least 1")
-    if kind.fixed and chunks != kind.chunks:
+    if kind.fixed and chunks != CHUNKS[name]:
         raise CupytronError(
-            f"chunks={chunks}: {name} has {kind.chunks} a stage; interleaved takes any number of them"
+            f"chunks={chunks}: {name} has {CHUNKS[name]} a stage; interleaved takes any number of them"
         )
     return Placement(stages, chunks, kind.folded)
 

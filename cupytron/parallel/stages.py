@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from cupytron.config_checks import split_fits
 from cupytron.errors import CupytronError
 from cupytron.layer import Chain, Layer, Parameter
 from cupytron.nn import Attention, Recompute
@@ -96,7 +97,7 @@ def _cheapest(
 def _as_said(model: Chain, split: Sequence[int], parts: int) -> list[int]:
     """First layers of the parts: the dict of blocks is cut as the user says, the rest stays outside."""
     blocks = next((part for part in vars(model).values() if isinstance(part, dict)), {})
-    if len(split) != parts or sum(split) != len(blocks) or 0 in split[1:-1]:
+    if not split_fits(split, parts, len(blocks)):
         raise CupytronError(
             f"split={','.join(map(str, split))}: the model has {len(blocks)} blocks and the pipeline "
             f"{parts} parts; give {parts} numbers that add up to {len(blocks)}, 0 only as the first or last"
