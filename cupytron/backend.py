@@ -1,4 +1,4 @@
-"""Which array library an array belongs to, and loops over slices that fit the cache."""
+"""Where arrays are and which library they belong to; loops over slices that fit the cache."""
 
 import contextlib
 import functools
@@ -20,6 +20,51 @@ def array_module(array: Any) -> ModuleType:
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy
     return np
+
+
+class Device:
+    """Where a rank computes: here the CPU; gpu.GPU is the other one.
+
+    Attributes:
+        xp: NumPy or CuPy. gpu: whether it is a GPU. name: for messages.
+        transport: how its arrays reach other ranks, in words.
+    """
+
+    xp: Any = np
+    gpu = False
+    name = "cpu"
+    transport = ""
+
+    def put(self, x: Any) -> Any:
+        """A host array, here; itself if this is the host."""
+        return x
+
+
+CPU = Device()
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array as NumPy's; waits for a GPU."""
+    return x if isinstance(x, np.ndarray | np.generic) else x.get()
+
+
+def named_dtype(name: str) -> np.dtype:
+    """The dtype of a name, bfloat16 among them."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def is_half(dtype: Any) -> bool:
+    """Whether a dtype is a 16-bit float: float16 or bfloat16."""
+    return dtype.itemsize == 2 and dtype.kind not in "iu"
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of sums, statistics and parameters' gradients where activations have this one."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
 
 
 def for_slices(xp: ModuleType, body: Callable[[slice], None], length: int, block: int) -> None:

@@ -20,23 +20,25 @@ class MicroBatch:
 
     Attributes:
         batch_size: B, sequences; sequence_length: S, tokens of each.
-        positions: (S,), place of each token in its sequence.
-        step: of training, counted from 0; with first_token it addresses the dropout masks.
+        positions: (S,), place of each token in its sequence; on the host.
+        step: of training, counted from 0; with first_token it addresses the dropout masks. Both may be
+            arrays of shape () on a GPU.
         first_token: index of token 0 in the whole step's batch.
         training: whether dropout drops.
         seed: of the run.
         kv_cache: keys and values of earlier tokens, when generating.
+        memo: what `once` remembers; micro-batches of the same shape and positions may share one.
     """
 
     batch_size: int
     sequence_length: int
     positions: Any = None
-    step: int = 0
-    first_token: int = 0
+    step: Any = 0
+    first_token: Any = 0
     training: bool = False
     seed: int = 0
     kv_cache: Any = None
-    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.positions is None:
@@ -44,9 +46,9 @@ class MicroBatch:
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """make(), remembered under `key`: for tables that all layers share, such as rotary angles."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
 
 class Stash:
@@ -134,11 +136,11 @@ class Stash:
 
     def bias_grad(self, parameter: "Parameter", dy: Any) -> None:
         """parameter.grad += the sum of dy's rows, now or at run_weight_grads."""
-        self.then(lambda: add_to(parameter.grad, ops.sum_rows(dy)), dy)
+        self.then(lambda: ops.add_to(parameter.grad, ops.sum_rows(dy)), dy)
 
     def add_grad(self, parameter: "Parameter", gradient: Any) -> None:
         """parameter.grad += gradient, now or at run_weight_grads."""
-        self.then(lambda: add_to(parameter.grad, gradient), gradient)
+        self.then(lambda: ops.add_to(parameter.grad, gradient), gradient)
 
     def then(self, work: Callable[[], Any], *arrays: Any) -> None:
         """Do something for the parameters' gradients: now, or in its turn at run_weight_grads.
@@ -192,12 +194,6 @@ def _root(array: Any) -> Any:
     """The array that a view is a view of: as long as the view is kept, so is all of that."""
     base = getattr(array, "base", None)
     return base if hasattr(base, "nbytes") else array
-
-
-def add_to(total: Any, x: Any) -> Any:
-    """total += x; returns total."""
-    total += x
-    return total
 
 
 class _DiscardingStash(Stash):

@@ -42,13 +42,13 @@ class Relu(Layer):
     per_token = True
 
     def forward(self, x, stash):
-        y, slope = ops.relu(x.copy())  # the function overwrites what it is given
-        stash.push(self, slope)
+        y, saved = ops.relu(x.copy())  # the function overwrites what it is given
+        stash.push(self, saved)
         return y
 
     def backward(self, dy, stash):
-        (slope,) = stash.pop(self)
-        return dy * slope
+        (saved,) = stash.pop(self)
+        return ops.relu_backward(dy.copy(), saved)
 
 
 class OwnModel(Chain):

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import backend
+
 
 def is_half(x: Any) -> bool:
     """Whether an array holds 16-bit floats."""
-    return x.dtype.itemsize == 2 and x.dtype.kind not in "iu"
+    return backend.is_half(x.dtype)
 
 
 def bits(x: Any) -> Any:
@@ -22,7 +24,8 @@ def ordered_sum(parts: Any, out: Any) -> None:
     """out = parts[0] + parts[1] + ...: one after the other; 16-bit floats in float32, rounded once."""
     # a sum over an axis would add in another order where NumPy finds it convenient
     first, *others = (part.reshape(out.shape) for part in parts)
-    total = np.empty(out.shape, np.float32) if is_half(out) else out
+    xp = backend.array_module(out)
+    total = xp.empty(out.shape, np.float32) if is_half(out) else out
     total[...] = first
     for part in others:
         total += part

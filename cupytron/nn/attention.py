@@ -46,7 +46,7 @@ class Attention(Layer):
     def forward(self, x: Any, stash: Stash) -> Any:
         qkv = self.qkv.forward(x, stash)
         q, k, v = self._split(qkv, stash)
-        self._rotate(q, k, stash, back=False)
+        self._rotate(qkv, stash, back=False)
         if stash.batch.kv_cache is not None:
             k, v = stash.batch.kv_cache.extend(self, k, v)
         o, lse = ops.attention(q, k, v, self._dropout(stash))
@@ -65,31 +65,40 @@ class Attention(Layer):
         ops.attention_backward(
             do.reshape(o.shape), q, k, v, o, lse, (dq, dk, dv), self._dropout(stash)
         )
-        self._rotate(dq, dk, stash, back=True)
+        self._rotate(dqkv, stash, back=True)
         return self.qkv.backward(dqkv, stash)
 
     def _attend(self, qkv: Any, stash: Stash) -> tuple[Any, Any]:
         return ops.attention(*self._split(qkv, stash), self._dropout(stash))
 
+    def _heads(self, qkv: Any, stash: Stash) -> Any:
+        """A view (B, S, N_kv, G + 2, H)."""
+        batch = stash.batch.batch_size
+        return qkv.reshape(batch, len(qkv) // batch, -1, self.group + 2, self.head_size)
+
     def _split(self, qkv: Any, stash: Stash) -> tuple[Any, Any, Any]:
         """Views q (B, S, N_kv, G, H), k and v (B, S, N_kv, H)."""
-        batch = stash.batch.batch_size
-        heads = qkv.reshape(batch, len(qkv) // batch, -1, self.group + 2, self.head_size)
+        heads = self._heads(qkv, stash)
         return heads[..., : self.group, :], heads[..., self.group, :], heads[..., self.group + 1, :]
 
-    def _rotate(self, q: Any, k: Any, stash: Stash, back: bool) -> None:
+    def _rotate(self, qkv: Any, stash: Stash, back: bool) -> None:
         """Turn queries and keys, or their gradients back, in place."""
         if self.rope_theta is None:
             return
         batch, theta = stash.batch, self.rope_theta
-        cos, sin = batch.once(
+        cos, sin, minus_sin = batch.once(
             ("rotary", self.head_size, theta),
-            lambda: ops.rotary_table(batch.positions, self.head_size, theta, q.dtype),
+            lambda: self._rotary_table(qkv, batch.positions, theta),
         )
-        turn = -sin if back else sin
-        for i in range(self.group):
-            ops.rotary(q[..., i, :], cos, turn)
-        ops.rotary(k, cos, turn)
+        # a group's queries and its key lie side by side
+        queries_and_keys = self._heads(qkv, stash)[..., : self.group + 1, :]
+        ops.rotary(queries_and_keys, cos, minus_sin if back else sin)
+
+    def _rotary_table(self, like: Any, positions: Any, theta: float) -> tuple[Any, Any, Any]:
+        positions = backend.array_module(like).asarray(positions)
+        dtype = backend.at_least_float32(like.dtype)
+        cos, sin = ops.rotary_table(positions, self.head_size, theta, dtype)
+        return cos, sin, -sin
 
     def _dropout(self, stash: Stash) -> ops.AttentionDropout | None:
         batch = stash.batch

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from cupytron import ops
 from cupytron.layer import Layer, Wrapper
 from cupytron.nn.dropout import Dropout
-from cupytron.stash import Stash, add_to
+from cupytron.stash import Stash
 
 
 class Block(Layer):
@@ -16,35 +17,23 @@ class Block(Layer):
     per_token = True
 
     def __init__(
-        self, norm1: Layer, attention: Layer, norm2: Layer, mlp: Layer, dropout: float = 0.0
+        self, norm1: Any, attention: Layer, norm2: Any, mlp: Layer, dropout: float = 0.0
     ) -> None:
         self.norm1, self.attention, self.dropout1 = norm1, attention, Dropout(dropout)
         self.norm2, self.mlp, self.dropout2 = norm2, mlp, Dropout(dropout)
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        # a branch's result is new, so the sum may be written over it
-        x = add_to(self._branch1(x, stash), x)
-        return add_to(self._branch2(x, stash), x)
+        delta = self.attention.forward(self.norm1.forward(x, stash), stash)
+        delta = self.dropout1.forward(delta, stash)
+        x, normed = self.norm2.forward_add(x, delta, stash)
+        delta = self.dropout2.forward(self.mlp.forward(normed, stash), stash)
+        return ops.add_to(delta, x)  # a branch's result is new: the sum may be written over it
 
-    def backward(self, dy: Any, stash: Stash) -> Any:  # the two lines above, upside down
-        dy = add_to(self._branch2_backward(dy, stash), dy)
-        return add_to(self._branch1_backward(dy, stash), dy)
-
-    def _branch1(self, x: Any, stash: Stash) -> Any:
-        y = self.attention.forward(self.norm1.forward(x, stash), stash)
-        return self.dropout1.forward(y, stash)
-
-    def _branch1_backward(self, dy: Any, stash: Stash) -> Any:
-        dy = self.attention.backward(self.dropout1.backward(dy, stash), stash)
-        return self.norm1.backward(dy, stash)
-
-    def _branch2(self, x: Any, stash: Stash) -> Any:
-        y = self.mlp.forward(self.norm2.forward(x, stash), stash)
-        return self.dropout2.forward(y, stash)
-
-    def _branch2_backward(self, dy: Any, stash: Stash) -> Any:
-        dy = self.mlp.backward(self.dropout2.backward(dy, stash), stash)
-        return self.norm2.backward(dy, stash)
+    def backward(self, dy: Any, stash: Stash) -> Any:  # the lines above, upside down
+        ddelta = self.mlp.backward(self.dropout2.backward(dy, stash), stash)
+        dy = self.norm2.backward(ddelta, stash, residual=dy)
+        ddelta = self.attention.backward(self.dropout1.backward(dy, stash), stash)
+        return self.norm1.backward(ddelta, stash, residual=dy)
 
 
 class Recompute(Wrapper):

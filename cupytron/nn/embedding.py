@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from cupytron import ops
+from cupytron import backend, ops
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Parameter, normal
 from cupytron.stash import Stash
@@ -35,13 +35,19 @@ class _Positions(Layer):
     backward_reads_weights = False
     token_shard = 0  # x is this share, of shares of its length, of the micro-batch's tokens
 
-    def _positions(self, x: Any, stash: Stash) -> Any:
-        """Position of each token of x; (S,) where x holds whole sequences."""
+    def _positions(self, x: Any, stash: Stash) -> np.ndarray:
+        """Position of each token of x, on the host; (S,) where x holds whole sequences."""
         batch = stash.batch
         if len(x) == batch.batch_size * batch.sequence_length:
             return batch.positions
         first = self.token_shard * len(x)
         return batch.positions[np.arange(first, first + len(x)) % batch.sequence_length]
+
+    def _positions_like(self, x: Any, stash: Stash) -> Any:
+        """The same, where x is."""
+        xp = backend.array_module(x)
+        key = ("positions of tokens", xp, len(x), self.token_shard)
+        return stash.batch.once(key, lambda: xp.asarray(self._positions(x, stash)))
 
     def _add(self, x: Any, rows: Any) -> Any:
         return (x.reshape(-1, *rows.shape) + rows).reshape(x.shape)
@@ -60,19 +66,21 @@ class LearnedPositions(_Positions):
                 f"position {last} is beyond the model's context_length="
                 f"{len(self.weight.data)}; use shorter sequences or raise model.context_length"
             )
-        return self._add(x, self.weight.data[self._positions(x, stash)])
+        return self._add(x, ops.embedding(self._positions_like(x, stash), self.weight.data))
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         positions = self._positions(dy, stash)
-        rows = dy.reshape(-1, len(positions), dy.shape[1]).sum(axis=0)
-        # positions of one sequence differ, so no row of the table is written twice
-        distinct = len(dy) == stash.batch.batch_size * stash.batch.sequence_length
+        first, count = int(positions[0]), len(positions)
+        rows = dy.reshape(-1, count, dy.shape[1])
+        # the same positions in every sequence
+        rows = ops.sum_rows(rows.reshape(len(rows), -1)).reshape(rows.shape[1:])
 
         def add() -> None:
-            if distinct:
-                self.weight.grad[positions] += rows
+            if (np.diff(positions) == 1).all():
+                ops.add_to(self.weight.grad[first : first + count], rows)
             else:
-                ops.embedding_backward(rows, positions, self.weight.grad)
+                where = self._positions_like(dy, stash)
+                ops.embedding_backward(rows, where, self.weight.grad)
 
         stash.then(add, rows)
         return dy
@@ -82,8 +90,12 @@ class SinusoidalPositions(_Positions):
     """y = x + sines and cosines of the token's position. Shapes: x, y (T, D)."""
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        positions = self._positions(x, stash)
-        return self._add(x, ops.sinusoidal_positions(positions, x.shape[1], x.dtype))
+        key = ("sines", x.shape, x.dtype, self.token_shard)
+        positions = self._positions_like(x, stash)
+        return self._add(
+            x,
+            stash.batch.once(key, lambda: ops.sinusoidal_positions(positions, x.shape[1], x.dtype)),
+        )
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         return dy

@@ -7,12 +7,6 @@ from cupytron.layer import Layer
 from cupytron.nn.linear import Linear
 from cupytron.stash import Stash
 
-_ACTIVATIONS = {
-    "gelu": lambda x: ops.gelu(x),
-    "gelu_exact": lambda x: ops.gelu_exact(x),
-    "relu": lambda x: ops.relu(x),
-}
-
 
 class MLP(Layer):
     """y = down(activation(up(x))). Shapes: x, y (T, D); inside (T, F).
@@ -26,22 +20,23 @@ class MLP(Layer):
     def __init__(
         self, d: int, d_ff: int, activation: str, bias: bool, std: float, out_std: float
     ) -> None:
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = activation  # a pair of functions in ops
         self.up = Linear(d, d_ff, bias, std)
         self.down = Linear(d_ff, d, bias, out_std)
 
     def forward(self, x: Any, stash: Stash) -> Any:
         h = self.up.forward(x, stash)
         kept = h.copy() if self.recompute else None  # the activation overwrites h
-        y, slope = self.activation(h)
-        with stash.remaking(self.recompute, (y, slope), self.activation, kept):
-            stash.push(self, slope)
+        activate = getattr(ops, self.activation)
+        y, saved = activate(h)
+        with stash.remaking(self.recompute, (y, saved), activate, kept):
+            stash.push(self, saved)
             return self.down.forward(y, stash)
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         dy = self.down.backward(dy, stash)
-        (slope,) = stash.pop(self)
-        return self.up.backward(ops.activation_backward(dy, slope), stash)
+        (saved,) = stash.pop(self)
+        return self.up.backward(getattr(ops, f"{self.activation}_backward")(dy, saved), stash)
 
 
 class SwiGLU(Layer):
@@ -71,5 +66,4 @@ class SwiGLU(Layer):
         gate, up = stash.pop(self)
         dgate, dup = ops.swiglu_backward(dy, gate, up)
         dx = self.up.backward(dup, stash)
-        dx += self.gate.backward(dgate, stash)
-        return dx
+        return ops.add_to(dx, self.gate.backward(dgate, stash))

@@ -1,4 +1,9 @@
-"""LayerNorm and RMSNorm."""
+"""LayerNorm and RMSNorm.
+
+Beside forward and backward each has forward_add(x, delta, stash) -> (x + delta, its norm), which writes
+the sum over delta, and backward's `residual`, which is added to dx: what a residual stream does around a
+norm, in one pass.
+"""
 
 from typing import Any
 
@@ -22,13 +27,19 @@ class LayerNorm(Layer):
 
     def forward(self, x: Any, stash: Stash) -> Any:
         bias = self.bias.data if self.bias else None
-        y, xhat, rstd = ops.layer_norm(x, self.weight.data, bias, self.eps)
-        stash.push(self, xhat, rstd)
+        y, saved = ops.layer_norm(x, self.weight.data, bias, self.eps)
+        stash.push(self, *saved)
         return y
 
-    def backward(self, dy: Any, stash: Stash) -> Any:
-        xhat, rstd = stash.pop(self)
-        dx, dweight, dbias = ops.layer_norm_backward(dy, xhat, rstd, self.weight.data)
+    def forward_add(self, x: Any, delta: Any, stash: Stash) -> tuple[Any, Any]:
+        bias = self.bias.data if self.bias else None
+        total, y, saved = ops.add_layer_norm(x, delta, self.weight.data, bias, self.eps)
+        stash.push(self, *saved)
+        return total, y
+
+    def backward(self, dy: Any, stash: Stash, residual: Any = None) -> Any:
+        saved = stash.pop(self)
+        dx, dweight, dbias = ops.layer_norm_backward(dy, saved, self.weight.data, residual)
         stash.add_grad(self.weight, dweight)
         if self.bias:
             stash.add_grad(self.bias, dbias)
@@ -48,12 +59,17 @@ class RMSNorm(Layer):
         self.eps = eps
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        y, xhat, rstd = ops.rms_norm(x, self.weight.data, self.eps)
-        stash.push(self, xhat, rstd)
+        y, saved = ops.rms_norm(x, self.weight.data, self.eps)
+        stash.push(self, *saved)
         return y
 
-    def backward(self, dy: Any, stash: Stash) -> Any:
-        xhat, rstd = stash.pop(self)
-        dx, dweight = ops.rms_norm_backward(dy, xhat, rstd, self.weight.data)
+    def forward_add(self, x: Any, delta: Any, stash: Stash) -> tuple[Any, Any]:
+        total, y, saved = ops.add_rms_norm(x, delta, self.weight.data, self.eps)
+        stash.push(self, *saved)
+        return total, y
+
+    def backward(self, dy: Any, stash: Stash, residual: Any = None) -> Any:
+        saved = stash.pop(self)
+        dx, dweight = ops.rms_norm_backward(dy, saved, self.weight.data, residual)
         stash.add_grad(self.weight, dweight)
         return dx

@@ -1,4 +1,4 @@
-"""Activation functions. GELU and ReLU save their derivative in forward: backward is one product.
+"""Activation functions: y, and what backward needs. GELU and ReLU save their derivative.
 
 These own what they are given and overwrite it: the widest arrays of a model pass here, and memory that
 is in the cache already is the fastest to write.
@@ -25,7 +25,7 @@ def _elementwise(x: Any, body: Any) -> tuple[Any, Any]:
 def gelu(x: Any) -> tuple[Any, Any]:
     """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form that GPT-2 uses; overwrites x.
 
-    Returns: y and dy/dx, shaped like x.
+    Returns: y, and what gelu_backward needs: here dy/dx, shaped like x.
     Reference: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
     return _elementwise(x, _gelu)
@@ -55,7 +55,7 @@ def _gelu(xp: Any, x: Any, slope: Any) -> None:
 def gelu_exact(x: Any) -> tuple[Any, Any]:
     """y = x/2 (1 + erf(x / sqrt(2))), the form that PyTorch uses by default; overwrites x.
 
-    Returns: y and dy/dx, shaped like x.
+    Returns: y, and what gelu_exact_backward needs: here dy/dx, shaped like x.
     Reference: Hendrycks & Gimpel 2016, arXiv:1606.08415.
     """
     return _elementwise(x, _gelu_exact)
@@ -76,7 +76,10 @@ def _gelu_exact(xp: Any, x: Any, slope: Any) -> None:
 
 
 def relu(x: Any) -> tuple[Any, Any]:
-    """y = max(x, 0); overwrites x. Returns y and dy/dx (0 or 1; 0 at 0), shaped like x."""
+    """y = max(x, 0); overwrites x.
+
+    Returns: y, and what relu_backward needs: here dy/dx (0 or 1; 0 at 0), shaped like x.
+    """
     return _elementwise(x, _relu)
 
 
@@ -85,9 +88,21 @@ def _relu(xp: Any, x: Any, slope: Any) -> None:
     x *= slope
 
 
-def activation_backward(dy: Any, slope: Any) -> Any:
-    """dx = dy * dy/dx, for gelu, gelu_exact and relu; overwrites dy with dx and returns it."""
-    dy *= slope
+def gelu_backward(dy: Any, saved: Any) -> Any:
+    """dx = dy * dy/dx, given what gelu has saved; overwrites dy with dx and returns it."""
+    dy *= saved
+    return dy
+
+
+def gelu_exact_backward(dy: Any, saved: Any) -> Any:
+    """dx = dy * dy/dx, given what gelu_exact has saved; overwrites dy with dx and returns it."""
+    dy *= saved
+    return dy
+
+
+def relu_backward(dy: Any, saved: Any) -> Any:
+    """dx = dy * dy/dx, given what relu has saved; overwrites dy with dx and returns it."""
+    dy *= saved
     return dy
 
 

@@ -8,17 +8,37 @@ from cupytron import backend
 _ONE_HOT_UP_TO = 512
 
 
-def embedding(ids: Any, table: Any) -> Any:
-    """y[t] = table[ids[t]]. Shapes: ids (T,) integers, table (V, D); y (T, D), new."""
-    return table[ids]
+def embedding(ids: Any, table: Any, first: int | None = None) -> Any:
+    """y[t] = table[ids[t]].
+
+    Shapes: ids (T,) integers, table (V, D); y (T, D), new.
+
+    Args:
+        first: the table is a shard, its rows are those of the ids from this one on; the others' y is zero.
+            None: it is whole.
+    """
+    if first is None:
+        return table[ids]
+    mine, local = _shard(ids, table, first)
+    y = table[local]
+    y[~mine] = 0
+    return y
 
 
-def embedding_backward(dy: Any, ids: Any, dtable: Any) -> None:
+def embedding_backward(dy: Any, ids: Any, dtable: Any, first: int | None = None) -> None:
     """dtable[v] += sum of dy[t] over the tokens with ids[t] = v.
 
     Shapes: dy (T, D), ids (T,), dtable (V, D).
+
+    Args:
+        first: as embedding's.
     """
     xp = backend.array_module(dy)
+    if first is not None:
+        mine, local = _shard(ids, dtable, first)
+        if not mine.any():
+            return
+        dy, ids = dy[mine], local[mine]
     if len(dtable) <= _ONE_HOT_UP_TO:
         one_hot = xp.zeros((len(ids), len(dtable)), dtype=dy.dtype)
         one_hot[xp.arange(len(ids)), ids] = 1
@@ -31,6 +51,12 @@ def embedding_backward(dy: Any, ids: Any, dtable: Any) -> None:
         xp.concatenate([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]])
     )
     dtable[ordered[first]] += xp.add.reduceat(dy[order], first, axis=0)
+
+
+def _shard(ids: Any, table: Any, first: int) -> tuple[Any, Any]:
+    """Which ids stand in a shard, and in which row (0 for the others)."""
+    mine = (ids >= first) & (ids < first + len(table))
+    return mine, backend.array_module(ids).where(mine, ids - first, 0)
 
 
 def sinusoidal_positions(positions: Any, width: int, dtype: Any) -> Any:

@@ -32,6 +32,12 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     return y
 
 
+def add_to(total: Any, x: Any) -> Any:
+    """total += x, of the same shape; returns total."""
+    total += x
+    return total
+
+
 def sum_rows(dy: Any) -> Any:
     """Sum over tokens, the gradient of a bias: (T, D) -> (D,)."""
     xp = backend.array_module(dy)

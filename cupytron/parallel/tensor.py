@@ -9,8 +9,6 @@ arXiv:2205.05198, section 4.2 (g and g bar, sequence parallelism).
 
 from typing import Any
 
-import numpy as np
-
 from cupytron import backend, ops
 from cupytron.comm import Communicator
 from cupytron.layer import Layer, Parameter
@@ -184,25 +182,16 @@ class VocabularyEmbedding(Layer):
 
     def forward(self, ids: Any, stash: Stash) -> Any:
         stash.push(self, ids)
-        mine, local = self._mine(ids)
-        y = ops.embedding(local, self.weight.data)
-        y *= mine[:, None]
-        return self.region.leave(y)
+        return self.region.leave(ops.embedding(ids, self.weight.data, self._first))
 
     def backward(self, dy: Any, stash: Stash) -> None:
         (ids,) = stash.pop(self)
         dy = self.region.leave_backward(dy)
-        mine, local = self._mine(ids)
-        if mine.any():
-            stash.then(
-                lambda: ops.embedding_backward(dy[mine], local[mine], self.weight.grad), ids, dy
-            )
+        stash.then(lambda: ops.embedding_backward(dy, ids, self.weight.grad, self._first), ids, dy)
 
-    def _mine(self, ids: Any) -> tuple[Any, Any]:
-        """Which ids stand in this rank's rows, and where (0 for the others)."""
-        rows = self.weight.box[0]
-        mine = (ids >= rows.start) & (ids < rows.stop)
-        return mine, backend.array_module(ids).where(mine, ids - rows.start, 0)
+    @property
+    def _first(self) -> int:
+        return self.weight.box[0].start
 
 
 class VocabularyHead(Layer):
@@ -245,33 +234,6 @@ def vocabulary_cross_entropy(
     Communication: one all-gather of (3, T) float64: each rank's largest logit, its sum of exponentials
         relative to that, and the target's logit where it has it.
     """
-    xp = backend.array_module(logits)
-    own = xp.zeros((1, 3, len(logits)), xp.float64)
-    counts = targets != ops.IGNORE
-    mine = counts & (targets >= first) & (targets < first + logits.shape[1])
-    token, column = xp.flatnonzero(mine), targets[mine] - first
-    own[0, 2, token] = logits[token, column]
-
-    def exponentials(rows: slice) -> None:
-        z = logits[rows]
-        peak = z.max(axis=1, keepdims=True, initial=-np.inf)  # a rank may have no row at all
-        z -= peak
-        xp.exp(z, out=z)
-        own[0, 0, rows] = peak[:, 0]
-        own[0, 1, rows] = xp.einsum("tv->t", z)
-
-    block = backend.rows_per_block(max(1, logits.shape[1]))
-    backend.for_slices(xp, exponentials, len(logits), block)
-
-    peaks, sums, at_target = tp.all_gather(own).transpose(1, 0, 2)
-    peak = peaks.max(axis=0)
-    total = (sums * xp.exp(peaks - peak)).sum(axis=0)
-    losses = xp.where(counts, xp.log(total) + peak - at_target.sum(axis=0), 0.0)
-    factor = (counts * scale * xp.exp(own[0, 0] - peak) / total).astype(logits.dtype)
-
-    def gradient(rows: slice) -> None:
-        logits[rows] *= factor[rows, None]
-
-    backend.for_slices(xp, gradient, len(logits), block)
-    logits[token, column] -= logits.dtype.type(scale)
-    return float(losses.sum()) * scale
+    own = ops.shard_exponentials(logits, targets, first)
+    everyone = tp.all_gather(own[None])
+    return ops.shard_cross_entropy(logits, targets, own, everyone, scale, first)
