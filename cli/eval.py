@@ -20,11 +20,12 @@ def command(
     tp: int | None,
     pp: int,
     zero: int,
+    device: str,
     timeout: float,
     as_json: bool,
 ) -> None:
     """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
-    opened = trained_model(run, checkpoint, tp or 1, pp, zero, timeout, data=data)
+    opened = trained_model(run, checkpoint, tp or 1, pp, zero, device, timeout, data=data)
     with opened as (model, note, first):
         result = model.evaluate(data, note)
     if not first:

@@ -30,7 +30,11 @@ FLAGS = [
     (("--lr", "--learning-rate"), "optim.lr", "Highest learning rate."),
     (("--eval-interval",), "train.eval_interval", "Steps between validation losses."),
     (("--seed",), "train.seed", "Of weights, sample order and dropout."),
-    (("--dtype",), "train.dtype", "float32 or float64."),
+    (("--dtype",), "train.dtype", "Of weights and optimizer state: float32 or float64."),
+    (("--compute-dtype",), "train.compute_dtype", "float64, float32, bfloat16 or float16."),
+    (("--device",), "parallel.device", "auto, cpu or cuda."),
+    (("--comm",), "parallel.comm", "GPU: auto, nccl, mpi or mpi-staged."),
+    (("--autotune",), "parallel.autotune", "on or off: choose kernels by measurement."),
     (("--tensor-parallel-size", "--tp"), "parallel.tp", "Tensor-parallel size."),
     (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
     (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
@@ -55,6 +59,8 @@ SWITCHES = [
         "Sequence parallelism along the tensor axis.",
     ),
     (("--malloc/--no-malloc",), "parallel.malloc", "Keep freed pages (glibc)."),
+    (("--tf32/--no-tf32",), "train.tf32", "GPU: float32 products on tensor cores."),
+    (("--graphs/--no-graphs",), "parallel.graphs", "GPU: CUDA graphs."),
 ]
 
 
@@ -165,8 +171,15 @@ def prepare_for_run(run: str) -> None:
 
 
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a mesh for a command that works with a trained model: `tp`, `pp`, `zero` and `timeout`."""
+    """A mesh for a command that works with a trained model: `tp`, `pp`, `zero`, `device` and `timeout`."""
     for option in (
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto: a GPU where one can be used.",
+        ),
         click.option(
             "--timeout",
             type=click.FloatRange(0),
@@ -199,12 +212,19 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def trained_model(
-    run: str, checkpoint: str, tp: int, pp: int, zero: int, timeout: float, **choices: Any
+    run: str,
+    checkpoint: str,
+    tp: int,
+    pp: int,
+    zero: int,
+    device: str,
+    timeout: float,
+    **choices: Any,
 ) -> Iterator[tuple["TrainedModel", "Note", bool]]:
     """A run's model on the mesh of all processes, watched while this lasts.
 
     Args:
-        run, checkpoint, tp, pp, zero, timeout: the command's options.
+        run, checkpoint, tp, pp, zero, device, timeout: the command's options.
         choices: its others, in which the ranks must agree, too.
 
     Yields: the model, the watchdog's note, and whether this rank is the one that speaks.
@@ -212,8 +232,9 @@ def trained_model(
     prepare_for_run(run)
 
     from cupytron import load
-    from cupytron.comm import ParallelContext, open_world
-    from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.comm import open_world
+    from cupytron.config import ParallelConfig, RunConfig
+    from cupytron.mesh_run import check_alike, open_mesh, watchdog
 
     world = open_world()
     first = world.rank == 0
@@ -224,7 +245,8 @@ def trained_model(
             click.echo(f"warning: {text}", err=True)
 
     with watchdog(world, timeout) as dog:
-        context = ParallelContext(tp=tp, pp=pp, world=world)
+        mesh = ParallelConfig.model_validate({"tp": tp, "pp": pp, "device": device})
+        context = open_mesh(RunConfig(parallel=mesh), world)
         yield load(run, checkpoint, warn, context, zero), dog.note, first
 
 

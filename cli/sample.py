@@ -40,6 +40,7 @@ def command(
     tp: int | None,
     pp: int,
     zero: int,
+    device: str,
     timeout: float,
 ) -> None:
     """Write text with a trained model.
@@ -51,7 +52,7 @@ def command(
     tp = tp or (1 if zero else max(1, launched_tasks() // pp))
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     what = {"prompt": prompt, "max_new_tokens": max_new_tokens, "num_samples": num_samples}
-    with trained_model(run, checkpoint, tp, pp, zero, timeout, **what, **how) as (
+    with trained_model(run, checkpoint, tp, pp, zero, device, timeout, **what, **how) as (
         model,
         note,
         first,

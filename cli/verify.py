@@ -92,7 +92,7 @@ def _config(settings: Settings, line: str | None) -> "RunConfig":
     from cupytron.launcher import launched_tasks
 
     # before what was given, so that it wins
-    start = ["train.dtype=float64"]
+    start = ["train.dtype=float64", "train.compute_dtype=none", "train.reduce_dtype=none"]
     if not settings.preset and not settings.file:
         start += SMALL
     given = {text.partition("=")[0].strip() for text in settings.overrides}

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cupytron.comm import Communicator, ParallelContext
+from cupytron.comm import Communicator
 from cupytron.config import RunConfig, flops_per_token
+from cupytron.mesh_run import open_mesh
 from cupytron.metrics import gflops, peak_memory_bytes
 from cupytron.process import note_loaded_blas
 from cupytron.trainer import Trainer
@@ -37,8 +38,7 @@ def measure(
         parameters, steps, ranks, bytes_sent (a step, by axis and operation, of this rank), environment.
     """
     note_loaded_blas(environment)
-    parallel = config.parallel
-    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
+    context = open_mesh(config, world)
     trainer = Trainer(config, vocab_size, context)
     trainer.materialize()
     model = trainer.model.config

@@ -156,7 +156,26 @@ class TrainConfig(_Settings):
         default=False,
         description="the same bits on any number of replicas: one BLAS thread, sums in a tree (slower)",
     )
-    dtype: Literal["float32", "float64"] = Field(default="float32", description="of the arithmetic")
+    dtype: Literal["float32", "float64"] = Field(
+        default="float32",
+        description="of weights and optimizer state, as they are updated and saved",
+    )
+    compute_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = Field(
+        default=None,
+        description="of activations, and of the weights' copies that layers use; unset: dtype",
+    )
+    reduce_dtype: Literal["float64", "float32"] | None = Field(
+        default=None, description="of gradients and of their sums over ranks; unset: dtype"
+    )
+    loss_scale: Annotated[float, Field(ge=1, le=2.0**24)] = Field(
+        default=65536.0,
+        description="compute_dtype=float16: what the loss is multiplied by at first; it is halved where "
+        "gradients overflow, and doubled after 2000 steps in which none did",
+    )
+    tf32: bool = Field(
+        default=False,
+        description="GPU: products of float32 with 10 bits of mantissa on tensor cores, faster",
+    )
     eval_interval: StepsOrNever = Field(
         default=250, description="steps between validation losses; 0: only at the end"
     )
@@ -226,6 +245,20 @@ class ParallelConfig(_Settings):
         default="auto", description="OpenBLAS kernel: auto measures, off leaves it, or a name"
     )
     malloc: bool = Field(default=True, description="glibc: keep freed pages for the next step")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="cpu, cuda, or auto: cuda where a GPU and CuPy are there"
+    )
+    comm: Literal["auto", "nccl", "mpi", "mpi-staged"] = Field(
+        default="auto",
+        description="how ranks exchange what is on GPUs: nccl, mpi (CUDA-aware), mpi-staged through "
+        "the host's memory, or auto",
+    )
+    graphs: bool = Field(
+        default=True, description="GPU: record a step as CUDA graphs, and replay them"
+    )
+    autotune: Literal["on", "off"] = Field(
+        default="on", description="on: the fastest of several kernels by measurement; off: defaults"
+    )
 
     @property
     def ranks(self) -> int:
@@ -269,6 +302,16 @@ class RunConfig(_Settings):
     def micro_batches(self) -> int:
         """Forward and backward passes of a step."""
         return self.global_batch // self.train.micro_batch
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype that layers work in."""
+        return self.train.compute_dtype or self.train.dtype
+
+    @property
+    def reduce_dtype(self) -> str:
+        """Name of the dtype of gradients."""
+        return self.train.reduce_dtype or self.train.dtype
 
     @property
     def tokens_per_step(self) -> int:

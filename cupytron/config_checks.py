@@ -70,6 +70,12 @@ def check_run(config: "RunConfig") -> Iterator[Problem]:
             f"optim.min_lr={optim.min_lr}: is more than optim.lr={optim.lr}; "
             "lower min_lr or raise lr",
         )
+    if train.compute_dtype == "float64" and train.dtype != "float64":
+        yield Problem(
+            ("train.compute_dtype", "train.dtype"),
+            f"train.compute_dtype=float64: is wider than train.dtype={train.dtype}; set train.dtype to "
+            "float64 as well",
+        )
     yield from _check_schedule(config)
 
 

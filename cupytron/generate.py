@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import backend
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
 from cupytron.model import Transformer
@@ -32,7 +33,8 @@ class KVCache:
         """Append k and v (1, S, N_kv, H) of `layer`; returns all of its keys and values so far."""
         if layer.name not in self._arrays:
             shape = (1, self.capacity, *k.shape[2:])
-            self._arrays[layer.name] = (np.empty(shape, k.dtype), np.empty(shape, v.dtype))
+            xp = backend.array_module(k)
+            self._arrays[layer.name] = (xp.empty(shape, k.dtype), xp.empty(shape, v.dtype))
         keys, values = self._arrays[layer.name]
         stop = self.length + k.shape[1]
         keys[:, self.length : stop], values[:, self.length : stop] = k, v
@@ -41,6 +43,10 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Called once all layers have seen `tokens` more."""
         self.length += tokens
+
+
+def _on_host(logits: Any) -> np.ndarray:
+    return backend.to_host(logits.astype(backend.at_least_float32(logits.dtype)))
 
 
 def window_start(count: int, context: int) -> int:
@@ -76,7 +82,8 @@ class Decoder:
         self._start = 0
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Logits (V_local,) of the token after `ids`; ids may only have grown since the last call.
+        """Logits (V_local,) of the token after `ids`, on the host; ids may only have grown since the last
+        call.
 
         Under tensor parallelism they are those of this rank's share of the vocabulary; in a pipeline the
         last stage has them, and None is returned elsewhere.
@@ -92,7 +99,7 @@ class Decoder:
             self.pipeline,
             self.pipeline.schedule(1, training=False),
             [Work(batch, new, None)],
-            lambda logits, _: logits[-1],
+            lambda logits, _: _on_host(logits[-1]),
         )
         self._cache.advance(len(new))
         return logits[0] if logits else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import backend
 from cupytron.errors import CupytronError
 from cupytron.ops import philox
 from cupytron.stash import Stash
@@ -91,9 +92,9 @@ class Parameter:
         return np.pad(values, [(0, self.padding)] + [(0, 0)] * (values.ndim - 1))
 
     def materialize(self, seed: int, dtype: Any) -> None:
-        """Allocate the local part with its initial values, and a gradient of zeros."""
+        """Allocate the local part with its initial values, and a gradient of zeros, at least float32."""
         self.data = self.initial_values(seed).astype(dtype)
-        self.grad = np.zeros_like(self.data)
+        self.grad = np.zeros(self.data.shape, backend.at_least_float32(self.data.dtype))
 
 
 class Layer:

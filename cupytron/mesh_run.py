@@ -7,7 +7,8 @@ from typing import Any
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig
 from cupytron.data import DataError, Dataset, open_dataset
-from cupytron.errors import ConfigError
+from cupytron.errors import ConfigError, CupytronError
+from cupytron.gpu import open_device
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.parallel import checker, schedules
 from cupytron.watchdog import Watchdog
@@ -59,6 +60,29 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{section}.{k}", v) for k, v in settings.items())
         else:
             yield key, value
+
+
+def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelContext:
+    """The mesh that the settings say, each rank on its device. Collective over `world`.
+
+    Raises:
+        CupytronError: the mesh does not fit the ranks, or a device that was asked for cannot be used.
+    """
+    parallel, world = config.parallel, world or SelfCommunicator()
+    device = open_device(parallel.device, config)
+    kinds = world.gather_objects("cuda" if device.gpu else "cpu")
+    if len(set(kinds)) > 1:
+        raise CupytronError(
+            f"--device {parallel.device}: rank {kinds.index('cuda')} has a GPU and rank "
+            f"{kinds.index('cpu')} none; give --device cpu, or start ranks where there are GPUs"
+        )
+    if device.gpu:
+        from cupytron.comm.gpu import choose
+
+        world, device.transport = choose(world, parallel.comm, device)
+    return ParallelContext(
+        tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world, device=device
+    )
 
 
 def watchdog(world: Communicator, timeout: float, mesh: ParallelContext | None = None) -> Watchdog:

@@ -72,6 +72,35 @@ class SGD:
         w -= u * lr
 
 
+class LossScale:
+    """What the loss is multiplied by, so that float16 gradients stay off both of its ends.
+
+    Where they overflow the step is skipped and the scale halved; after many steps without, it is doubled.
+
+    Reference: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
+
+    Args:
+        value: at first. interval: steps without overflow after which it is doubled.
+        dynamic: otherwise it stays at 1.
+    """
+
+    LARGEST = 2.0**24
+
+    def __init__(self, value: float, interval: int = 2000, dynamic: bool = True) -> None:
+        self.value, self.interval, self.dynamic = (value if dynamic else 1.0), interval, dynamic
+        self.good_steps = 0
+
+    def note(self, finite: bool) -> None:
+        """Hear whether a step's gradients were finite."""
+        if not self.dynamic:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_steps == self.interval:
+            self.good_steps, self.value = 0, min(self.LARGEST, 2 * self.value)
+
+
 OPTIMIZERS: dict[str, type[AdamW] | type[SGD]] = {"adamw": AdamW, "sgd": SGD}
 
 
@@ -87,6 +116,7 @@ def apply(
             (slice(decayed, count), 0.0),
         ):
             _apply_range(optimizer, bucket, part, lr, step, scale, decay)
+        bucket.refresh()
 
 
 def _apply_range(

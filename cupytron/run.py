@@ -6,9 +6,9 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
 from cupytron.trace import Trace
-from cupytron.trainer import NotFinite, Trainer
+from cupytron.trainer import NotFinite, StepResult, Trainer
 
 
 @dataclasses.dataclass
@@ -79,8 +79,7 @@ def train(
         trace=trace,
     )
     tracing = Trace(*trace) if trace else None
-    parallel = config.parallel
-    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
+    context = mesh_run.open_mesh(config, world)
     folder.check_new()
     if folder.steps() and resume == "never":
         raise CupytronError(
@@ -114,6 +113,15 @@ def train(
         progress.close()
 
 
+class _Started(NamedTuple):
+    """A step under way: its number, all tokens so far, when it began, and what waits for its numbers."""
+
+    step: int
+    tokens: int
+    began: float
+    numbers: Callable[[], StepResult]
+
+
 class _Run:
     def __init__(
         self,
@@ -136,6 +144,8 @@ class _Run:
         self.speed = Speed(self.trainer.model.config, seq)
         self.tokens = 0
         self.elapsed = 0.0
+        self._started: _Started | None = None  # the step whose numbers have not been heard
+        self._finished_at = 0.0
         self.val_loss: float | None = None  # of the current step, if it was evaluated
         self.stop = StopRequest()
         self.phase = "at the start"
@@ -229,8 +239,8 @@ class _Run:
     def _restore(self, found: Checkpoint) -> None:
         self.note("reading the checkpoint")
         self.trainer.load(found)
-        self.trainer.step = found.step
-        self.trainer.position = int(found.about["position"])
+        position, counters = int(found.about["position"]), found.about.get("optimizer")
+        self.trainer.restore(found.step, position, counters)
         self.tokens = int(found.about["tokens"])
         self.elapsed = float(found.about["elapsed_seconds"])
         self.val_loss = found.about["val_loss"]
@@ -286,27 +296,38 @@ class _Run:
         began = time.monotonic()
         inputs, targets = self._next_batch()
         tracing = self.trace.step(self.trainer.step, self.context) if self.trace else None
-        try:
-            with tracing or contextlib.nullcontext():
-                result = self.trainer.train_step(inputs, targets)
-        except NotFinite as error:
-            raise NotFinite(f"{error}; {self._last_good()}") from None
-        seconds = time.monotonic() - began
         self.val_loss = None
-        self.tokens += self.config.tokens_per_step
+        with tracing or contextlib.nullcontext(), self._last_good_named():
+            started = self.trainer.start_step(inputs, targets)
+            self.tokens += self.config.tokens_per_step
+            # a GPU works on this step while the host hears of the one before it
+            self._finish_step()
+            self._started = _Started(self.trainer.step, self.tokens, began, started)
+            if not self.context.device.gpu or tracing:
+                self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Hear how the step went that was started last, and write it down."""
+        if self._started is None:
+            return
+        (step, tokens, began, numbers), self._started = self._started, None
+        with self._last_good_named():
+            result = numbers()
+        now = time.monotonic()
+        seconds, self._finished_at = now - max(began, self._finished_at), now
         self.elapsed += seconds
         self.speed.add(self.config.tokens_per_step, seconds)
         record = {
-            "step": self.trainer.step,
+            "step": step,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "tokens": self.tokens,
+            "tokens": tokens,
             "tokens_per_second": self.config.tokens_per_step / max(seconds, 1e-9),
             "elapsed_seconds": self.elapsed,
         }
         self._record(record)
-        step, train = self.trainer.step, self.config.train
+        train = self.config.train
         if step % train.log_interval == 0 or step in (1, train.max_steps):
             memory = {"peak_memory_bytes": peak_memory_bytes()}
             self.progress.step({**record, **self.speed.read(), **memory})
@@ -345,6 +366,16 @@ class _Run:
         if self.metrics:
             self.metrics.write(record)
 
+    @contextlib.contextmanager
+    def _last_good_named(self) -> Iterator[None]:
+        """Add to a NotFinite from where one can go on."""
+        try:
+            yield
+        except NotFinite as error:
+            if "last good" in str(error):
+                raise
+            raise NotFinite(f"{error}; {self._last_good()}") from None
+
     def _last_good(self) -> str:
         steps = self.folder.steps()
         return f"last good checkpoint: {self.folder.place(steps[-1]) if steps else 'none'}"
@@ -368,6 +399,7 @@ class _Run:
         return self.val_loss is not None and self.val_loss < self.best
 
     def _evaluate(self) -> None:
+        self._finish_step()
         if self.dataset.val.num_tokens < 2:
             return
         config = self.config.train
@@ -397,12 +429,14 @@ class _Run:
     def _save(self, again: bool = False) -> None:
         if self.saved == self.trainer.step and not again:
             return
+        self._finish_step()
         self.note("saving")
         if self.metrics:
             self.metrics.flush()
         about = {
             "step": self.trainer.step,
             "position": self.trainer.position,
+            "optimizer": self.trainer.counters(),
             "tokens": self.tokens,
             "elapsed_seconds": self.elapsed,
             "val_loss": self.val_loss,

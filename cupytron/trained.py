@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cupytron.backend import named_dtype
 from cupytron.comm import ParallelContext
 from cupytron.config import RunConfig, load_config
 from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
@@ -198,7 +197,9 @@ def load(
     parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
     config = config.model_copy(update={"parallel": parallel})
     _, shards = build(config, config.model, context, training=False)
-    shards.materialize(None, np.dtype(config.train.dtype))
+    # a CPU has no use for 16 bits
+    compute_dtype = config.compute_dtype if context.device.gpu else config.train.dtype
+    shards.materialize(None, config.train.dtype, compute_dtype=named_dtype(compute_dtype))
     load_buckets(found, shards, ("weight",), complete=False)
     tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
     return TrainedModel(config, shards.pipeline, tokenizer, found.step, context)

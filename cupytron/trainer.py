@@ -1,12 +1,12 @@
 """One training step, from tokens to new weights. The page to read first."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import ops, optim
+from cupytron import backend, ops, optim
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_model
@@ -29,6 +29,13 @@ class StepResult(NamedTuple):
 
 class NotFinite(CupytronError):
     """The loss or a gradient became infinite or NaN; the weights are those before the step."""
+
+
+def _not_finite(step: int, loss: float, norm: float) -> NotFinite:
+    return NotFinite(
+        f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower optim.lr, raise "
+        "optim.warmup_steps or set optim.clip"
+    )
 
 
 class Trainer:
@@ -57,6 +64,11 @@ class Trainer:
         self.local_sequences = local_sequences(config, self.context.dp.rank, self.context.dp.size)
         self.model, self.zero = build(config, model_config, self.context)
         self.optimizer = optim.OPTIMIZERS[config.optim.name](config.optim)
+        self.updates = 0  # steps that changed the weights: all, but for those that overflowed
+        self.loss_scale = optim.LossScale(
+            config.train.loss_scale, dynamic=config.compute_dtype == "float16"
+        )
+        self._gpu: Any = None  # gpu_step.GPUStep, on a GPU
 
     def materialize(self, initial: bool = True) -> None:
         """Allocate weights, gradients and optimizer state.
@@ -65,8 +77,17 @@ class Trainer:
             initial: give the weights their initial values; not needed where `load` follows.
         """
         train = self.config.train
-        seed = train.seed if initial else None
-        self.zero.materialize(seed, np.dtype(train.dtype), self.optimizer.STATE)
+        self.zero.materialize(
+            train.seed if initial else None,
+            train.dtype,
+            self.optimizer.STATE,
+            backend.named_dtype(self.config.compute_dtype),
+            np.dtype(self.config.reduce_dtype),
+        )
+        if self.context.device.gpu:
+            from cupytron.gpu_step import GPUStep
+
+            self._gpu = GPUStep(self.zero, self.optimizer, self.config)
 
     def train_step(self, inputs: Any, targets: Any) -> StepResult:
         """Train on one global batch.
@@ -77,16 +98,56 @@ class Trainer:
         Raises:
             NotFinite: loss or gradient norm is not finite; nothing has been updated.
         """
-        loss = self.compute_gradients(inputs, targets)
-        norm, lr = self.apply_gradients(loss)
-        return StepResult(loss, norm, lr)
+        return self.start_step(inputs, targets)()
+
+    def start_step(self, inputs: Any, targets: Any) -> Callable[[], StepResult]:
+        """As train_step, but on a GPU the step is only started; the function returned waits for it.
+
+        The next step may be started before. A step that is not finite is told by whoever asks first; no
+        later one has updated anything.
+        """
+        if self._gpu is None:
+            loss = self.compute_gradients(inputs, targets)
+            norm, lr = self.apply_gradients(loss)
+            return lambda: StepResult(loss, norm, lr)
+        self._gpu.start_gradients(*self._cut(inputs, targets), self._lr)
+        return self._start_update()
+
+    def _start_update(self) -> Callable[[], StepResult]:
+        lr, number = self._lr, self.step + 1
+        numbers = self._gpu.start_update()
+        self._count_step()
+
+        def result() -> StepResult:
+            found = numbers()
+            if found.failed:
+                raise _not_finite(number, found.loss, found.norm)
+            return StepResult(found.loss, found.norm, lr)
+
+        return result
+
+    @property
+    def _lr(self) -> float:
+        """The learning rate of the step that comes."""
+        return optim.learning_rate(self.config, self.step)
 
     def compute_gradients(self, inputs: Any, targets: Any) -> float:
         """Forward and backward of all micro-batches; every bucket's `gradient` is then the step's.
 
+        With a loss scale (compute_dtype float16) it is multiplied by that.
+
         Shapes: as train_step's.
         Returns: the mean loss over all of the step's targets, the same on every rank.
         """
+        work, counted = self._cut(inputs, targets)
+        if self._gpu is not None:
+            self._gpu.start_gradients(work, counted, self._lr)
+            return self._gpu.loss()
+        scale = self.loss_scale.value
+        return self.zero.compute_gradients(work, scale=scale / max(1, counted)) / scale
+
+    def _cut(self, inputs: Any, targets: Any) -> tuple[list[Work], int]:
+        """This replica's micro-batches, and how many targets count on all replicas."""
         train, dp = self.config.train, self.context.dp
         work = cut(
             inputs,
@@ -98,28 +159,56 @@ class Trainer:
             replicas=dp.size,
         )
         # the loss is the mean over all targets of the step, wherever they are: they are counted first
-        counted = count_targets(dp, targets)
-        return self.zero.compute_gradients(work, scale=1 / max(1, counted))
+        return work, count_targets(dp, targets)
 
     def apply_gradients(self, loss: float = 0.0) -> tuple[float, float]:
         """Clip the gradients, update the weights and give them to whoever needs them.
 
         Returns: the norm of the gradient before clipping, and the learning rate.
         """
-        norm = self.zero.global_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if self._gpu is not None:
+            return self._start_update()()[1:]
+        norm = self.zero.global_norm() / self.loss_scale.value
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        lr = self._lr
+        if finite:
+            clip = self.config.optim.clip
+            scale = clip / norm if clip and norm > clip else 1.0
+            self.zero.update(self.optimizer, lr, self.updates, scale / self.loss_scale.value)
+            self.updates += 1
+        else:
             self.zero.clear_gradients()
-            raise NotFinite(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: not finite; "
-                "lower optim.lr, raise optim.warmup_steps or set optim.clip"
-            )
-        clip = self.config.optim.clip
-        scale = clip / norm if clip and norm > clip else 1.0
-        lr = optim.learning_rate(self.config, self.step)
-        self.zero.update(self.optimizer, lr, self.step, scale)
+            if not self.loss_scale.dynamic:
+                raise _not_finite(self.step + 1, loss, norm)
+        self.loss_scale.note(finite)
+        self._count_step()
+        return norm, lr
+
+    def _count_step(self) -> None:
         self.step += 1
         self.position += self.config.global_batch
-        return norm, lr
+
+    def counters(self) -> dict[str, float]:
+        """Numbers of the optimizer that a checkpoint keeps beside its arrays."""
+        if self._gpu is not None:
+            return self._gpu.read()
+        scale = self.loss_scale
+        return {
+            "updates": self.updates,
+            "loss_scale": scale.value,
+            "good_steps": scale.good_steps,
+        }
+
+    def restore(self, step: int, position: int, counters: dict[str, float] | None = None) -> None:
+        """Go on after a step, from that place in the sample order, with a checkpoint's counters."""
+        self.step, self.position = step, position
+        found = counters or {"updates": step, "loss_scale": self.loss_scale.value, "good_steps": 0}
+        self.updates = int(found["updates"])
+        if self.loss_scale.dynamic:
+            self.loss_scale.value = found["loss_scale"]
+            self.loss_scale.good_steps = int(found["good_steps"])
+        if self._gpu is not None:
+            self._gpu.write(found)
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
         """As the function `evaluate`, with this model on this mesh."""
@@ -138,6 +227,7 @@ class Trainer:
                         place.start - bucket.owned.start : place.stop - bucket.owned.start
                     ]
                     name, box = f"{kind}/{parameter.name}", box_of(parameter)
+                    values = backend.to_host(values)
                     yield Piece(name, parameter.shape, box, inside.start, inside.stop, values)
 
     def load(self, checkpoint: Checkpoint, weights_only: bool = False) -> None:
@@ -191,7 +281,8 @@ def load_buckets(
             for parameter, inside, place in bucket.parts(bucket.owned):
                 name, box = f"{kind}/{parameter.name}", box_of(parameter)
                 values = checkpoint.read(name, box, inside.start, inside.stop)
-                flat[bucket.local(place)] = values
+                flat[bucket.local(place)] = zero.context.device.put(values)
+        bucket.refresh()
     zero.publish()
 
 

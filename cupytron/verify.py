@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupytron import ops, optim
+from cupytron.backend import to_host
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import ParallelConfig, RunConfig
 from cupytron.errors import CupytronError
 from cupytron.layer import Init, Layer
+from cupytron.mesh_run import open_mesh
 from cupytron.ops import philox
 from cupytron.parallel.pipeline import cut
 from cupytron.trainer import Trainer
@@ -85,7 +87,7 @@ class Reference(NamedTuple):
 
 def reference(config: RunConfig, steps: int, note: Note = unwatched) -> Reference:
     """Train on one process. config.model.vocab_size is set."""
-    trainer = _trainer(one_process(config), ParallelContext())
+    trainer = _trainer(one_process(config), open_mesh(one_process(config)))
     error = _gradient_error(trainer) if config.train.dtype == "float64" else None
     done = []
     for _ in range(steps):
@@ -93,12 +95,12 @@ def reference(config: RunConfig, steps: int, note: Note = unwatched) -> Referenc
         batch = _batch(trainer)
         loss = trainer.compute_gradients(*batch)
         gradients = {
-            parameter.name: bucket.gradient[start:stop].reshape(parameter.shape).copy()
+            parameter.name: to_host(bucket.gradient[start:stop]).reshape(parameter.shape).copy()
             for bucket in trainer.zero.buckets
             for parameter, start, stop in bucket.segments
         }
         trainer.apply_gradients()
-        weights = {n: p.data.copy() for n, p in trainer.model.named_parameters()}
+        weights = {n: to_host(p.data).copy() for n, p in trainer.model.named_parameters()}
         done.append(Step(loss, gradients, weights))
     return Reference(done, error)
 
@@ -107,7 +109,9 @@ def one_process(config: RunConfig) -> RunConfig:
     """The same training without a mesh."""
     # nothing of the mesh is kept, so that all meshes share one reference; nor what is recomputed
     model = config.model.model_copy(update={"recompute": "none"})
-    return config.model_copy(update={"parallel": ParallelConfig(dp=1), "model": model})
+    same = config.parallel
+    alone = ParallelConfig(dp=1, device=same.device, graphs=same.graphs, autotune=same.autotune)
+    return config.model_copy(update={"parallel": alone, "model": model})
 
 
 def compare(
@@ -188,7 +192,7 @@ def _held(
         within = slice(0, bucket.size) if everything else bucket.owned
         flat = bucket.data if everything else getattr(bucket, kind)
         for parameter, inside, place in bucket.parts(within):
-            mine = flat[place] if everything else flat[bucket.local(place)]
+            mine = to_host(flat[place] if everything else flat[bucket.local(place)])
             expected = whole[parameter.name]
             yield parameter.name, mine, expected[parameter.box].reshape(-1)[inside], expected
 
@@ -227,9 +231,9 @@ def _replicas_equal(trainer: Trainer) -> bool:
     digest, equal = hashlib.sha256(), True
     for bucket in trainer.zero.buckets:
         if bucket.data is not None:
-            digest.update(bucket.data.tobytes())
+            digest.update(to_host(bucket.data).tobytes())
         if copies := trainer.zero.copies(bucket):
-            mine = hashlib.sha256(bucket.weights).hexdigest()
+            mine = hashlib.sha256(to_host(bucket.weights).tobytes()).hexdigest()
             equal &= len(set(copies.gather_objects(mine))) == 1
     return equal and len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
 
@@ -251,7 +255,7 @@ def _gradient_error(trainer: Trainer) -> float:
     trainer.compute_gradients(inputs, targets)
     buckets = trainer.zero.buckets
     rng = np.random.default_rng(trainer.config.train.seed)
-    directions = [rng.normal(size=bucket.size) for bucket in buckets]
+    directions = [trainer.context.device.put(rng.normal(size=b.size)) for b in buckets]
     got = sum(float(b.gradient @ d) for b, d in zip(buckets, directions, strict=True))
     trainer.zero.clear_gradients()
 
@@ -287,7 +291,8 @@ def _loss(trainer: Trainer, inputs: Any, targets: Any) -> float:
     train = trainer.config.train
     work = cut(inputs, targets, train.micro_batch, step=trainer.step, seed=train.seed)
     scale = 1 / max(1, int((targets != ops.IGNORE).sum()))
-    return float(np.sum(trainer.zero.pipeline.losses(work, scale, training=False)))
+    losses = trainer.zero.pipeline.losses(work, scale, training=False)
+    return sum(float(loss) for loss in losses)
 
 
 def run(
@@ -338,8 +343,7 @@ def run(
 
 
 def _compare(config: RunConfig, world: Communicator, one: Reference, note: Note) -> Report:
-    parallel = config.parallel
-    context = ParallelContext(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world)
+    context = open_mesh(config, world)
     try:
         return compare(config, context, one, note)
     finally:

@@ -44,7 +44,7 @@ def break_phase(kind: str, phase: str, file: Path) -> None:
 
     owner, name = {
         "start": (Trainer, "materialize"),
-        "step": (Trainer, "train_step"),
+        "step": (Trainer, "start_step"),
         "save": (checkpoint, "write"),
     }[phase]
     whole, calls = getattr(owner, name), []

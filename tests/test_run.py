@@ -193,14 +193,14 @@ def test_changed_settings_and_environment_are_said(data, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
     data, tmp_path, monkeypatch
 ):
-    original = Trainer.train_step
+    original = Trainer.start_step
 
     def poisoned(self, inputs, targets):
         if self.step == 6:
             self.model.norm.weight.data[0] = np.nan
         return original(self, inputs, targets)
 
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Trainer, "start_step", poisoned)
     with np.errstate(all="ignore"), pytest.raises(NotFinite, match=r"step 7.*step-0000000[45]"):
         run_here(data, tmp_path / "run")
     assert max(RunFolder(tmp_path / "run").steps()) <= 6

@@ -42,7 +42,7 @@ def run_mesh(data, out, *settings, trace, **mesh):
 def counted(monkeypatch):
     """(rank, step, axis, operation) -> calls and bytes of each training step."""
     found = {}
-    original = Trainer.train_step
+    original = Trainer.start_step
 
     def counting(self, *batch):
         rank, step = self.context.world.rank, self.step
@@ -54,7 +54,7 @@ def counted(monkeypatch):
                 found[rank, step, group.axis, name] = n, group.bytes[name] - sent[name]
         return result
 
-    monkeypatch.setattr(Trainer, "train_step", counting)
+    monkeypatch.setattr(Trainer, "start_step", counting)
     return found
 
 
@@ -284,7 +284,7 @@ def test_a_range_that_is_cut_short_by_the_end_of_the_run(tmp_path, data, counted
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_is_stopped(tmp_path, data, capsys, monkeypatch, steps):
     """Before its traced steps, and within them."""
-    original = Trainer.train_step
+    original = Trainer.start_step
 
     def stopping(self, *batch):
         result = original(self, *batch)
@@ -292,7 +292,7 @@ def test_a_run_that_is_stopped(tmp_path, data, capsys, monkeypatch, steps):
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(Trainer, "train_step", stopping)
+    monkeypatch.setattr(Trainer, "start_step", stopping)
     config = load_config(overrides=[*TINY, *FEW, f'data.path="{data}"'])
     assert train(config, tmp_path, dict(ENVIRONMENT), trace=(2, 4)).step == steps
     said = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from cupytron.backend import CPU, Device
 from cupytron.comm.alone import SelfCommunicator
 from cupytron.comm.communicator import Communicator
 from cupytron.config_checks import divisors
@@ -19,6 +20,7 @@ class ParallelContext:
         sizes: a mapping such as {"tp": 2, "dp": 2}, in place of the keywords.
         tp, pp: sizes of the tensor and pipeline axes. dp: of the data axis; None: what is left.
         world: all ranks; None: this process alone.
+        device: where this rank computes.
 
     Attributes:
         world, tp, pp, dp: communicators. coordinates: this rank's place by axis. sizes: by axis.
@@ -36,7 +38,9 @@ class ParallelContext:
         pp: int = 1,
         dp: int | None = None,
         world: Communicator | None = None,
+        device: Device = CPU,
     ) -> None:
+        self.device = device
         if sizes is not None:
             if unknown := set(sizes) - set(AXES):
                 raise CupytronError(

@@ -34,8 +34,11 @@ class Bucket:
         decayed: elements that have weight decay: the first ones.
         owned: the range whose optimizer state is here: all of it, or with ZeRO this replica's share.
         data, grad: flat arrays of `size`, or None while they are not here (ZeRO 2 and 3); the
-            parameters' own arrays are views of them.
-        weights, gradient: flat arrays of the owned range; views where data and grad are here.
+            parameters' own arrays are views of them. In compute_dtype and in reduce_dtype.
+        weights: flat array of the owned range, in the dtype in which it is updated and saved.
+        shard: the owned range of data, or what it is gathered from. The same array as weights, unless
+            layers compute in another dtype: then their rounded copy.
+        gradient: flat array of the owned range; a view where grad is here.
         state: the optimizer's flat arrays of the owned range by name, such as "exp_avg".
 
     Args:
@@ -59,6 +62,7 @@ class Bucket:
         self.data: Any = None
         self.grad: Any = None
         self.weights: Any = None
+        self.shard: Any = None
         self.gradient: Any = None
         self.state: dict[str, Any] = {}
 
@@ -70,6 +74,11 @@ class Bucket:
         for parameter, start, stop in self.segments:
             data[start:stop] = parameter.initial_values(seed).reshape(-1)
         return data
+
+    def refresh(self) -> None:
+        """Round the weights for the layers, after they have changed."""
+        if self.shard is not self.weights:
+            self.shard[...] = self.weights
 
     def set_data(self, data: Any) -> None:
         """Take a flat array (or None) as the place of the parameters' weights."""
@@ -112,7 +121,7 @@ class Bucket:
         Args:
             chosen: the parameters that count; None: all.
         """
-        sums = np.zeros(self.pieces)
+        sums = np.zeros(self.pieces)  # on the host
         length = self.size // self.pieces
         for piece in range(self.owned.start // length, self.owned.stop // length):
             within = share(self.size, piece, self.pieces)

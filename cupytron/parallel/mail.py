@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupytron import backend
+from cupytron.backend import CPU, Device
 from cupytron.comm import Communicator, Handle
 from cupytron.errors import CupytronError
 from cupytron.parallel.schedules import POSTED, Message, Schedule
@@ -27,6 +28,7 @@ class Mail:
         pp: the stages. schedule: what they run.
         batches: the micro-batches.
         known: what has been agreed on in earlier runs; added to.
+        device: where arrays are to arrive.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Mail:
         schedule: Schedule,
         batches: Sequence[MicroBatch],
         known: Shapes,
+        device: Device = CPU,
     ) -> None:
+        self.device = device
         self.pp, self.schedule, self.batches, self.known = pp, schedule, batches, known
         self.arrived: dict[Message, Any] = {}
         self.under_way: dict[int, deque[Handle]] = defaultdict(deque)  # sends, by receiver
@@ -106,7 +110,8 @@ class Mail:
         while coming and len(posted) < POSTED and self._link(coming[0]) in self.known:
             message = coming.popleft()
             shape, dtype = self.known[self._link(message)]
-            handle = self.pp.recv(np.empty(shape, dtype), sender, async_op=True)
+            room = self.device.xp.empty(shape, dtype)
+            handle = self.pp.recv(room, sender, async_op=True)
             posted.append((message, handle))
 
 
@@ -116,6 +121,7 @@ _DIMS = 6  # of a message, at most
 def _describe(array: Any) -> np.ndarray:
     """Dtype and shape as numbers."""
     words = np.full(2 + _DIMS, -1, np.int64)
+    # ml_dtypes' bfloat16 is of kind V, as is raw memory
     words[:2] = ord(array.dtype.kind), array.dtype.itemsize
     words[2 : 2 + array.ndim] = array.shape
     return words
@@ -123,4 +129,5 @@ def _describe(array: Any) -> np.ndarray:
 
 def _read(words: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
     shape = tuple(int(n) for n in words[2:] if n >= 0)
-    return shape, np.dtype(f"{chr(words[0])}{words[1]}")
+    kind = chr(words[0])
+    return shape, backend.named_dtype("bfloat16" if kind == "V" else f"{kind}{words[1]}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupytron.backend import CPU, Device
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
 from cupytron.layer import Chain, Layer
@@ -56,6 +57,7 @@ class Pipeline:
         chunks: parts of the model on each stage; None: as schedules.placement_of.
         counts: how many layers of the model's chain each part gets, such as stages.divide's; None: of equal
             cost.
+        device: where this rank computes.
 
     Attributes:
         placement: which stage has which parts.
@@ -74,7 +76,9 @@ class Pipeline:
         schedule: str = "1f1b",
         chunks: int | None = None,
         counts: Sequence[int] | None = None,
+        device: Device = CPU,
     ) -> None:
+        self.device = device
         self.model: Any = model
         self.pp, self.name = pp or SelfCommunicator("pp"), schedule
         self.placement = schedules.placement_of(schedule, self.pp.size, chunks)
@@ -95,15 +99,17 @@ class Pipeline:
             return schedules.forward_only(self.placement, micro_batches)
         return schedules.make(self.name, self.pp.size, micro_batches, self.placement.chunks)
 
-    def losses(self, work: Sequence["Work"], scale: float, training: bool = True) -> list[float]:
+    def losses(self, work: Sequence["Work"], scale: Any, training: bool = True) -> list[Any]:
         """Run micro-batches forward, and backward in training: their losses, [] but on the last stage.
 
         Args:
             scale: of the loss.
+
+        Returns: numbers, or arrays of one number on a GPU.
         """
-        schedule, model = self.schedule(len(work), training), self.model
+        schedule, model, put = self.schedule(len(work), training), self.model, self.device.put
         return run_schedule(
-            self, schedule, work, lambda logits, w: model.loss(logits, w.targets, scale)
+            self, schedule, work, lambda logits, w: model.loss(logits, put(w.targets), scale)
         )
 
     @property
@@ -111,8 +117,9 @@ class Pipeline:
         """The stage that has the model's last part, and so the logits and the loss."""
         return self.placement.place(self.placement.parts - 1)[0]
 
-    def total(self, dp: Communicator, losses: list[float]) -> float:
+    def total(self, dp: Communicator, losses: list[Any]) -> float:
         """Sum over the replicas of losses that the last stage has, on all stages; [] on the others."""
+        losses = [float(loss) for loss in losses]  # waits for a GPU
         total = sum_exactly(dp, losses) if self.pp.rank == self.last_stage else 0.0
         return float(self.pp.all_gather(np.array([total]))[self.last_stage])
 
@@ -223,7 +230,7 @@ def run_schedule(
     """
     stage, last = pipeline.pp.rank, pipeline.placement.parts - 1
     batches = [w.batch for w in work]
-    mail = Mail(pipeline.pp, schedule, batches, pipeline.message_shapes)
+    mail = Mail(pipeline.pp, schedule, batches, pipeline.message_shapes, pipeline.device)
     stashes = pipeline.stashes
     stashes.clear()  # of a step that failed
     results = []
@@ -240,7 +247,8 @@ def run_schedule(
                     stashes[m, chunk] = stash
                 else:
                     stash = stash.discarding()
-                made = part.forward(work[m].ids if came is None else came, stash)
+                x = pipeline.device.put(work[m].ids) if came is None else came
+                made = part.forward(x, stash)
                 if is_last:
                     results.append(result(made, work[m]))
                     stash.push(pipeline.model, made)  # their gradient, now

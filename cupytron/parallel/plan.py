@@ -152,7 +152,13 @@ def build(
         transformer, placement.parts, config.train.sequence_length, parallel.blocks_of_parts
     )
     pipeline = Pipeline(
-        transformer, context.pp, context.ends, parallel.schedule, parallel.chunks, counts
+        transformer,
+        context.pp,
+        context.ends,
+        parallel.schedule,
+        parallel.chunks,
+        counts,
+        context.device,
     )
     deterministic = config.train.deterministic and training
     zero = Zero(transformer, context, parallel.zero, deterministic, training, pipeline)

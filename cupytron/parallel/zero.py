@@ -64,7 +64,7 @@ class Zero:
                 "it, and give that as pipeline="
             )
         # names the model's parts: initial values depend on names
-        self.pipeline = pipeline or Pipeline(model)
+        self.pipeline = pipeline or Pipeline(model, device=context.device)
         self.model, self.context, self.dp, self.stage = model, context, context.dp, stage
         self.deterministic, self.training = deterministic, training
         self.parts_at_once = stage >= 2 or deterministic  # reduced after each micro-batch
@@ -91,7 +91,9 @@ class Zero:
         # different chunks
         self.apart = deterministic or self.pipeline.placement.chunks > 1
         self._wrap(model, by_layer)
+        self.reduce_dtype: Any = None  # of gradients, once they are allocated
         self._expected = 0  # micro-batches of a step
+        self._held = False
         self._finished: dict[str, int] = {}  # micro-batches that each of them has completed
         self._used_up = True  # whether the last step's gradients have gone into an update
         self._pending: list[tuple[Bucket, str, Any]] = []
@@ -119,38 +121,58 @@ class Zero:
         for first, second in itertools.pairwise(layers):
             first.following, second.preceding = second, first
 
-    def materialize(self, seed: int | None, dtype: Any, state: tuple[str, ...] = ()) -> None:
-        """Allocate what this rank holds.
+    def materialize(
+        self,
+        seed: int | None,
+        dtype: Any,
+        state: tuple[str, ...] = (),
+        compute_dtype: Any = None,
+        reduce_dtype: Any = None,
+    ) -> None:
+        """Allocate what this rank holds, on its device.
 
         Args:
             seed: of the initial weights; None: zeros, since a checkpoint's are to be read.
+            dtype: of the weights that the optimizer updates, and of its state.
             state: names of the optimizer's arrays, zeros at first.
+            compute_dtype: of the weights that layers see. reduce_dtype: of gradients. None: dtype;
+                gradients have at least float32.
         """
+        xp, put = self.context.device.xp, self.context.device.put
+        dtype = np.dtype(dtype)
+        compute_dtype = dtype if compute_dtype is None else compute_dtype
+        self.reduce_dtype = backend.at_least_float32(reduce_dtype or dtype)
         for bucket in self.buckets:
+            values = bucket.initial_weights(seed, dtype)
+            rounded = values.astype(compute_dtype, copy=False)
             if self.stage < 3:
-                bucket.set_data(bucket.initial_weights(seed, dtype))
-                bucket.weights = bucket.data[bucket.owned]
+                bucket.set_data(put(rounded))
+                bucket.shard = bucket.data[bucket.owned]
             else:
-                bucket.weights = bucket.initial_weights(seed, dtype)[bucket.owned].copy()
                 bucket.set_data(None)
+                bucket.shard = put(rounded[bucket.owned].copy())
+            alike = compute_dtype == dtype
+            bucket.weights = bucket.shard if alike else put(values[bucket.owned].copy())
             if not self.training:
                 continue
             if self.parts_at_once:
                 bucket.set_grad(None)
-                bucket.gradient = np.zeros_like(bucket.weights)
+                bucket.gradient = xp.zeros(bucket.weights.shape, self.reduce_dtype)
             else:
-                bucket.set_grad(np.zeros(bucket.size, dtype))
+                bucket.set_grad(xp.zeros(bucket.size, self.reduce_dtype))
                 bucket.gradient = bucket.grad[bucket.owned]
-            bucket.state = {name: np.zeros_like(bucket.weights) for name in state}
+            bucket.state = {name: xp.zeros_like(bucket.weights) for name in state}
 
     @property
     def persistent_bytes(self) -> int:
         """Bytes of weights, gradients and optimizer state that this rank holds between steps."""
         total = 0
         for bucket in self.buckets:
-            weights = bucket.weights if bucket.data is None else bucket.data
+            weights = bucket.shard if bucket.data is None else bucket.data
             gradient = bucket.gradient if bucket.grad is None else bucket.grad
             total += sum(a.nbytes for a in (weights, gradient, *bucket.state.values()))
+            if bucket.weights is not bucket.shard:
+                total += bucket.weights.nbytes
         return total
 
     # a step
@@ -180,13 +202,20 @@ class Zero:
             scale: what gradients are multiplied by, to clip them.
         """
         optim.apply(optimizer, self.buckets, lr, step, scale)
+        self.updated()
+
+    def updated(self) -> None:
+        """The weights have been updated, and the gradients used up: give the others this rank's share."""
         self._used_up = True
         self.publish()
 
     # gradients
 
-    def begin_step(self, micro_batches: int) -> None:
+    def begin_step(self, micro_batches: int, held: bool = False) -> None:
         """Say how many micro-batches this replica will run backward.
+
+        Args:
+            held: all reductions wait for finish_gradients, and who has completed what is not counted.
 
         Raises:
             CupytronError: it is not the number of the other replicas and stages, which would wait for each
@@ -203,7 +232,8 @@ class Zero:
                 raise CupytronError(
                     f"the {kind} have {', '.join(map(str, counts))} micro-batches; give each as many"
                 )
-        self._expected = micro_batches
+        assert not (held and self.parts_at_once), "there is a reduction after each micro-batch"
+        self._expected, self._held = micro_batches, held
         self._finished = dict.fromkeys(self._trees, 0)
 
     def open_gradient(self, bucket: Bucket) -> None:
@@ -211,7 +241,7 @@ class Zero:
         if bucket.grad is None:
             while len(self._pending) >= _IN_FLIGHT:
                 self._complete(*self._pending.pop(0))
-            bucket.set_grad(np.zeros(bucket.size, bucket.weights.dtype))
+            bucket.set_grad(self.context.device.xp.zeros(bucket.size, self.reduce_dtype))
 
     def gradient_ready(self, bucket: Bucket, who: str) -> None:
         """A micro-batch's gradient of this bucket is complete; start the reduction if it is due.
@@ -219,10 +249,15 @@ class Zero:
         Args:
             who: of the bucket's completers.
         """
+        if self._held:
+            return
         self._finished[who] += 1
         counts = {self._finished[name] for name in self.completers(bucket)}
-        if not self.parts_at_once and counts != {self._expected}:
-            return
+        if self.parts_at_once or counts == {self._expected}:
+            self._reduce(bucket, who)
+
+    def _reduce(self, bucket: Bucket, who: str) -> None:
+        """Start a reduction."""
         if self.deterministic:
             handle = tree_reduce_scatter(self.dp, bucket.grad)
         elif self.stage == 0:
@@ -249,6 +284,12 @@ class Zero:
         Raises:
             CupytronError: a layer did not take part in every micro-batch.
         """
+        if self._held:
+            self._held = False
+            self._finished = dict.fromkeys(self._finished, self._expected)
+            for bucket in reversed(self.buckets):
+                for who in self.completers(bucket):
+                    self._reduce(bucket, who)
         for name, count in self._finished.items():
             if count != self._expected:
                 raise CupytronError(
@@ -308,7 +349,7 @@ class Zero:
         """After an update: give the other replicas this one's share of the weights."""
         if self.stage in (1, 2):
             handles = [
-                self.dp.all_gather(bucket.weights, out=bucket.data, async_op=True)
+                self.dp.all_gather(bucket.shard, out=bucket.data, async_op=True)
                 for bucket in self.buckets
             ]
             for handle in handles:
@@ -324,8 +365,8 @@ class Zero:
     def gather(self, bucket: Bucket) -> None:
         """Start to gather a bucket's weights, unless they are here."""
         if bucket.data is None and bucket.name not in self._gathers:
-            full = np.empty(bucket.size, bucket.weights.dtype)
-            self._gathers[bucket.name] = self.dp.all_gather(bucket.weights, full, async_op=True)
+            full = self.context.device.xp.empty(bucket.size, bucket.shard.dtype)
+            self._gathers[bucket.name] = self.dp.all_gather(bucket.shard, full, async_op=True)
 
     def open_weights(self, bucket: Bucket) -> None:
         """Have a bucket's weights here."""

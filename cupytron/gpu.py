@@ -1,0 +1,120 @@
+"""A GPU as the device of a rank. CuPy is imported here and below, and only once a GPU is asked for."""
+
+import ctypes
+import ctypes.util
+import importlib.util
+from typing import Any
+
+from cupytron import ops
+from cupytron.backend import CPU, Device
+from cupytron.errors import CupytronError
+from cupytron.launcher import local_rank, local_ranks
+
+_INSTALL = "pip install 'cupytron[cuda13]', or [cuda12] for drivers of CUDA 12"
+
+
+class GPU(Device):
+    """One GPU, with a stream on which this thread's work runs in order.
+
+    Attributes:
+        number: as CUDA counts. shared: whether other ranks of this node use it, too.
+        stream: of this rank's computation.
+        compute_dtype: None, or what layers compute in, for what is chosen by it.
+    """
+
+    gpu = True
+
+    def __init__(self, cupy: Any, number: int, shared: bool) -> None:
+        self.xp = cupy
+        self.number, self.shared = number, shared
+        cupy.cuda.Device(number).use()
+        properties = cupy.cuda.runtime.getDeviceProperties(number)
+        self.model = properties["name"].decode()
+        self.memory = int(properties["totalGlobalMem"])
+        self.name = f"cuda:{number} ({self.model})"
+        # the null stream waits for all others, and cannot be captured
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+
+    def put(self, x: Any) -> Any:
+        """A host array, here; an array that is here stays."""
+        return self.xp.asarray(x)
+
+    def versions(self) -> dict[str, str]:
+        """Of what results on it may depend on, for a run's record."""
+        runtime = self.xp.cuda.runtime
+        return {
+            "gpu": self.model,
+            "cupy": self.xp.__version__,
+            "cuda_driver": str(runtime.driverGetVersion()),
+            "cuda_runtime": str(runtime.runtimeGetVersion()),
+        }
+
+    def used_bytes(self) -> int:
+        """Bytes that this process has taken from the GPU for arrays."""
+        return int(self.xp.get_default_memory_pool().total_bytes())
+
+
+def present() -> bool:
+    """Whether there is a driver with a GPU, and CuPy is installed; imports nothing."""
+    return importlib.util.find_spec("cupy") is not None and _count_by_driver() > 0
+
+
+def _count_by_driver() -> int:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def open_device(wish: str = "auto", config: Any = None) -> Device:
+    """The device that this rank computes on; a GPU's kernels take their places in ops.
+
+    Ranks of a node take its GPUs in turn, by local rank.
+
+    Args:
+        wish: "cpu", "cuda" or "auto": a GPU where one can be used.
+        config: the run's settings, for the choice of kernels; None: their defaults.
+
+    Raises:
+        CupytronError: "cuda", and there is no driver, no GPU or no fitting CuPy.
+    """
+    if wish == "cpu" or (wish == "auto" and not present()):
+        ops.use(None)
+        return CPU
+    cupy, count = _import(wish)
+    rank = local_rank()
+    device = GPU(cupy, rank % count, shared=local_ranks() > count)
+    from cupytron import kernels
+
+    kernels.install(config)
+    return device
+
+
+def _import(wish: str) -> tuple[Any, int]:
+    """CuPy, and how many GPUs it sees."""
+    ask = "--device cuda" if wish == "cuda" else "a GPU was found"
+    try:
+        import cupy
+    except ImportError as error:
+        raise CupytronError(
+            f"{ask}: CuPy cannot be imported ({error}); {_INSTALL}, or use --device cpu"
+        ) from None
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+    except Exception as error:  # CuPy's own class for each library, none of them public
+        raise CupytronError(
+            f"{ask}: CUDA cannot be used ({error}); install NVIDIA's driver and the CuPy that fits it: "
+            f"{_INSTALL}, or use --device cpu"
+        ) from None
+    if count == 0:
+        raise CupytronError(f"{ask}: the driver shows no GPU; use --device cpu")
+    if tuple(map(int, cupy.__version__.split(".")[:2])) < (14, 2):
+        raise CupytronError(
+            f"{ask}: CuPy {cupy.__version__} is too old, bfloat16 needs 14.2; {_INSTALL}"
+        )
+    return cupy, count
