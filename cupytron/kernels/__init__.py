@@ -1,13 +1,31 @@
 """The fast CUDA versions of ops: the same names and signatures, for arrays on a GPU."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+from cupytron import ops
+
+
+def install(config: Any = None) -> None:
+    """Put the kernels in their places in ops, as a run's settings want them.
+
+    Args:
+        config: tf32 and deterministic are read; None: neither.
+    """
+    from cupytron.kernels import cudnn_attention, products
+
+    products.allow_tf32(config is not None and config.train.tf32)
+    cudnn_attention.deterministic(config is not None and config.train.deterministic)
+    # an algorithm that was chosen by its time may be another one in the next process
+    products.set_timing(config is None or not config.train.deterministic)
+    ops.use(table())
 
 
 def table() -> dict[str, Any]:
-    """All kernels by their names in ops, each by itself: what the autotuner chooses from comes later."""
+    """The kernels by their names in ops."""
     from cupytron.kernels import (
         activation,
-        attention,
         cross_entropy,
         dropout,
         embedding,
@@ -17,34 +35,39 @@ def table() -> dict[str, Any]:
         sums,
     )
 
-    return {
-        "matmul": products.matmul,
-        "linear": products.linear,
-        "add_product": products.add_product,
-        "sum_rows": sums.sum_rows,
-        "add_to": sums.add_to,
-        "gelu": activation.gelu,
-        "gelu_backward": activation.gelu_backward,
-        "gelu_exact": activation.gelu_exact,
-        "gelu_exact_backward": activation.gelu_exact_backward,
-        "relu": activation.relu,
-        "relu_backward": activation.relu_backward,
-        "swiglu": activation.swiglu,
-        "swiglu_backward": activation.swiglu_backward,
-        "layer_norm": norm.layer_norm,
-        "add_layer_norm": norm.add_layer_norm,
-        "layer_norm_backward": norm.layer_norm_backward,
-        "rms_norm": norm.rms_norm,
-        "add_rms_norm": norm.add_rms_norm,
-        "rms_norm_backward": norm.rms_norm_backward,
-        "rotary": rotary.rotary,
-        "attention": attention.attention,
-        "attention_backward": attention.attention_backward,
-        "cross_entropy": cross_entropy.cross_entropy,
-        "shard_exponentials": cross_entropy.shard_exponentials,
-        "shard_cross_entropy": cross_entropy.shard_cross_entropy,
-        "embedding": embedding.embedding,
-        "embedding_backward": embedding.embedding_backward,
-        "dropout": dropout.dropout,
-        "dropout_backward": dropout.dropout_backward,
+    found = {
+        name: function
+        for module in (
+            activation,
+            cross_entropy,
+            dropout,
+            embedding,
+            norm,
+            products,
+            rotary,
+            sums,
+        )
+        for name, function in vars(module).items()
+        if name in ops.REFERENCE and function.__module__ == module.__name__
     }
+    return {**found, **_attention()}
+
+
+def _attention() -> dict[str, Callable[..., Any]]:
+    """cuDNN's attention where it can do the problem, else our own; forward and backward alike."""
+    from cupytron.kernels import attention as own
+    from cupytron.kernels import cudnn_attention as cudnn
+
+    @functools.wraps(own.attention)
+    def attention(q: Any, k: Any, v: Any, dropout: Any = None) -> Any:
+        module: Any = own if cudnn.supports(q, k, v, dropout) else cudnn
+        return module.attention(q, k, v, dropout)
+
+    @functools.wraps(own.attention_backward)
+    def attention_backward(
+        do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, out: Any, dropout: Any = None
+    ) -> None:
+        module: Any = own if cudnn.supports(q, k, v, dropout) else cudnn
+        module.attention_backward(do, q, k, v, o, lse, out, dropout)
+
+    return {"attention": attention, "attention_backward": attention_backward}
