@@ -25,8 +25,9 @@ COMMANDS = {
     "verify": ("verify", "Compare a mesh with one process: the same numbers?"),
     "schedule": ("schedule", "Draw a pipeline schedule, and say what it costs."),
     "bench": ("bench", "Measure a configuration on random tokens."),
+    "autotune": ("autotune", "Choose the fastest functions for a configuration."),
 }
-ON_A_MESH = {"train", "eval", "sample", "verify", "bench"}
+ON_A_MESH = {"train", "eval", "sample", "verify", "bench", "autotune"}
 
 
 class LazyGroup(click.Group):

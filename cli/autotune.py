@@ -1,0 +1,72 @@
+"""cupytron autotune."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cupytron.cli.options import Settings, prepare_process, settings_options
+
+if TYPE_CHECKING:
+    from cupytron.kernels.autotune import RuntimeAutoTuner
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Another copy of the table."
+)
+@settings_options
+def command(settings: Settings, out: Path | None) -> None:
+    """Measure which functions are the fastest for a configuration, and keep the choices.
+
+    One step is run on random tokens; each operation's candidates are compared with the reference, and
+    timed, on what it is given. Later runs on this machine use the choices where they meet the same shapes,
+    unless they have --autotune off or --deterministic. Choices may change the last bits of results.
+    """
+    config = settings.load(mesh=True)
+    prepare_process(config)
+
+    from cupytron.comm import open_world
+    from cupytron.errors import ConfigError
+    from cupytron.kernels.candidates import allowed
+    from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.tune import tune
+
+    if not allowed(config):
+        raise ConfigError(
+            "these settings use no choices: give neither --deterministic nor --autotune off"
+        )
+    vocab_size = None
+    if config.data.path and config.model.vocab_size is None:
+        from cupytron.data import open_dataset
+
+        vocab_size = open_dataset(config.data.path).vocab_size
+    world = open_world()
+    check_alike(world, settings=config)
+    with watchdog(world, config.parallel.timeout) as dog:
+        tuner = tune(config, vocab_size, world, dog.note)
+    if world.rank:
+        return
+    for line in _page(tuner):
+        click.echo(line)
+    click.echo(f"kept in {tuner.save()}")
+    if out:
+        tuner.save(out)
+        click.echo(f"and in {out}")
+
+
+def _page(tuner: "RuntimeAutoTuner") -> Iterator[str]:
+    """A block for each problem: the choice, all times, and what was refused."""
+    for (operation, problem), found in sorted(tuner.found().items()):
+        yield f"{operation}: {problem}"
+        for name, seconds in sorted(found.times.items(), key=lambda item: item[1]):
+            mark = "->" if name == found.choice else "  "
+            yield f"  {mark} {name:12s} {seconds * 1e6:12,.1f} us"
+        if not found.times:
+            yield f"  -> {found.choice}"
+        for name, why in found.refused.items():
+            yield f"     {name:12s} refused: {why}"
+    for (operation, problem), why in sorted(tuner.undecided.items()):
+        yield f"{operation}: {problem}"
+        yield f"     not tried: {why}"
