@@ -43,6 +43,24 @@ def local_ranks() -> int:
     return nodes[node] if node < len(nodes) else max(nodes, default=tasks)
 
 
+def local_rank() -> int:
+    """Which of its node's processes this one is, for the choice of a GPU; known without MPI.
+
+    Launchers that do not say put neighbouring ranks on one node.
+    """
+    if launched_tasks() == 1:
+        return 0
+    said = _said(
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MPI_LOCALRANKID",  # MPICH, Intel MPI, MVAPICH
+        "PALS_LOCAL_RANKID",  # Cray
+        "PMI_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "SLURM_LOCALID",
+    )
+    return launched_rank() % local_ranks() if said is None else said
+
+
 def launcher_pid() -> int | None:
     """The launcher's process, where it is an ancestor of this one."""
     pid, found = os.getppid(), None

@@ -11,23 +11,39 @@ import time
 import ml_dtypes
 import numpy as np
 
+from cupytron import backend
 from cupytron.comm import CommunicationError, Communicator, ParallelContext
 
+DEVICE = backend.CPU  # where the arrays are; tests of GPUs set another
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32, np.int64, np.uint16]
 
 
-def part(rank, shape, dtype):
-    """A rank's array: small whole numbers, whose sums are exact in every dtype."""
+def put(x):
+    """An array where this run has its arrays."""
+    return DEVICE.put(x)
+
+
+def values(rank, shape, dtype):
+    """A rank's numbers: small whole ones, whose sums are exact in every dtype."""
     return np.random.default_rng(100 + rank).integers(0, 5, shape).astype(dtype)
 
 
+def part(rank, shape, dtype):
+    """A rank's array."""
+    return put(values(rank, shape, dtype))
+
+
 def everyone(comm, shape, dtype):
-    return [part(rank, shape, dtype) for rank in range(comm.size)]
+    return [values(rank, shape, dtype) for rank in range(comm.size)]
 
 
 def equal(got, want, dtype):
     assert got.dtype == dtype, (got.dtype, dtype)
-    np.testing.assert_array_equal(got.astype(np.float64), np.asarray(want).astype(np.float64))
+    same(backend.to_host(got).astype(np.float64), np.asarray(want).astype(np.float64))
+
+
+def same(got, want):
+    np.testing.assert_array_equal(backend.to_host(got), want)
 
 
 def check_all_reduce(comm: Communicator) -> None:
@@ -40,23 +56,23 @@ def check_all_reduce(comm: Communicator) -> None:
 
 def check_half_sums_are_rounded_once(comm: Communicator) -> None:
     """In the sum 256 + 1 + 1 + ... each bfloat16 addition would lose the 1."""
-    x = np.full(5, 256 if comm.rank == 0 else 1, ml_dtypes.bfloat16)
+    x = put(np.full(5, 256 if comm.rank == 0 else 1, ml_dtypes.bfloat16))
     comm.all_reduce(x)
     want = np.float32(256 + comm.size - 1).astype(ml_dtypes.bfloat16)
     equal(x, np.full(5, want), ml_dtypes.bfloat16)
 
 
 def check_results_have_the_same_bits_everywhere(comm: Communicator) -> None:
-    x = np.random.default_rng(comm.rank).normal(size=1001).astype(np.float32)
+    x = put(np.random.default_rng(comm.rank).normal(size=1001).astype(np.float32))
     comm.all_reduce(x)
-    assert len({bytes(other) for other in comm.gather_objects(x.tobytes())}) == 1
+    assert len(set(comm.gather_objects(x.tobytes()))) == 1
 
 
 def check_all_gather(comm: Communicator) -> None:
     for dtype in DTYPES:
         x = part(comm.rank, (3, 2), dtype)
         equal(comm.all_gather(x), np.concatenate(everyone(comm, (3, 2), dtype)), dtype)
-        equal(x, part(comm.rank, (3, 2), dtype), dtype)
+        equal(x, values(comm.rank, (3, 2), dtype), dtype)
 
 
 def check_all_gather_into(comm: Communicator) -> None:
@@ -65,7 +81,7 @@ def check_all_gather_into(comm: Communicator) -> None:
         want = np.concatenate(everyone(comm, (3, 2), dtype))
         for async_op in (False, True):
             for place in ("own part", "elsewhere"):
-                out = np.zeros((3 * comm.size, 2), dtype)
+                out = put(np.zeros((3 * comm.size, 2), dtype))
                 x = out[3 * comm.rank : 3 * comm.rank + 3]
                 x[...] = part(comm.rank, (3, 2), dtype)
                 if place == "elsewhere":
@@ -122,16 +138,16 @@ def check_broadcast(comm: Communicator) -> None:
         for root in {0, comm.size - 1}:
             x = part(comm.rank, (4,), dtype)
             comm.broadcast(x, root)
-            equal(x, part(root, (4,), dtype), dtype)
+            equal(x, values(root, (4,), dtype), dtype)
 
 
 def check_ring_of_sends(comm: Communicator) -> None:
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for dtype in DTYPES:
-        out = np.empty((2, 3), dtype)
+        out = put(np.empty((2, 3), dtype))
         (got,) = comm.exchange([(part(comm.rank, (2, 3), dtype), right)], [(out, left)])
         assert got is out
-        equal(out, part(left, (2, 3), dtype), dtype)
+        equal(out, values(left, (2, 3), dtype), dtype)
 
 
 def check_messages_of_one_pair_keep_their_order(comm: Communicator) -> None:
@@ -139,9 +155,10 @@ def check_messages_of_one_pair_keep_their_order(comm: Communicator) -> None:
         return
     if comm.rank == 0:
         for i in range(5):
-            comm.send(np.array([i]), comm.size - 1)
+            comm.send(put(np.array([i])), comm.size - 1)
     elif comm.rank == comm.size - 1:
-        assert [int(comm.recv(np.empty(1, np.int64), 0)[0]) for _ in range(5)] == list(range(5))
+        came = [int(comm.recv(put(np.empty(1, np.int64)), 0)[0]) for _ in range(5)]
+        assert came == list(range(5))
 
 
 def check_large_sends_before_receives(comm: Communicator) -> None:
@@ -152,11 +169,11 @@ def check_large_sends_before_receives(comm: Communicator) -> None:
     elif partner >= comm.size:
         return
     for dtype in (np.float64, ml_dtypes.bfloat16):
-        x = np.full(300_000, comm.rank, dtype)
+        x = put(np.full(300_000, comm.rank, dtype))
         for _ in range(2):
             comm.send(x, partner)
             x[...] = -1
-        out = np.empty(300_000, dtype)
+        out = put(np.empty(300_000, dtype))
         comm.recv(out, partner)
         equal(out, np.full(300_000, partner), dtype)
         comm.recv(out, partner)
@@ -166,9 +183,9 @@ def check_large_sends_before_receives(comm: Communicator) -> None:
 def check_a_message_that_does_not_fit_is_named(comm: Communicator) -> None:
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     for sent, expected, async_op in ((10, 4, False), (4, 10, False), (10, 4, True), (4, 10, True)):
-        comm.send(np.zeros(sent), right)
+        comm.send(put(np.zeros(sent)), right)
         try:
-            got = comm.recv(np.empty(expected), left, async_op)
+            got = comm.recv(put(np.empty(expected)), left, async_op)
             got.wait()
         except CommunicationError as error:
             assert f"rank {left} sent" in str(error), error
@@ -182,27 +199,27 @@ def check_handles(comm: Communicator) -> None:
     """Several at once, waited for in another order on every other rank."""
     arrays = [part(comm.rank + 10 * i, (50,), np.float64) for i in range(4)]
     wants = [
-        sum(part(rank + 10 * i, (50,), np.float64) for rank in range(comm.size)) for i in range(4)
+        sum(values(rank + 10 * i, (50,), np.float64) for rank in range(comm.size)) for i in range(4)
     ]
     handles = [comm.all_reduce(x, async_op=True) for x in arrays]
-    gather = comm.all_gather(np.array([comm.rank]), async_op=True)
-    scatter = comm.reduce_scatter(np.arange(comm.size), async_op=True)
+    gather = comm.all_gather(put(np.array([comm.rank])), async_op=True)
+    scatter = comm.reduce_scatter(put(np.arange(comm.size)), async_op=True)
     order = range(4) if comm.rank % 2 else reversed(range(4))
     for i in order:
         handles[i].wait()
         assert handles[i].wait() is arrays[i]  # a second time is free
     for x, want in zip(arrays, wants, strict=True):
-        np.testing.assert_array_equal(x, want)
-    np.testing.assert_array_equal(scatter.wait(), [comm.rank * comm.size])
-    np.testing.assert_array_equal(gather.wait(), np.arange(comm.size))
+        same(x, want)
+    same(scatter.wait(), [comm.rank * comm.size])
+    same(gather.wait(), np.arange(comm.size))
 
 
 def check_a_forgotten_handle_does_no_harm(comm: Communicator) -> None:
     for _ in range(30):
-        comm.all_gather(np.full(20_000, comm.rank), async_op=True)
-        comm.all_reduce(np.zeros(20_000), async_op=True)
+        comm.all_gather(put(np.full(20_000, comm.rank)), async_op=True)
+        comm.all_reduce(put(np.zeros(20_000)), async_op=True)
     comm.barrier()
-    assert comm.all_reduce(np.ones(3)).tolist() == [comm.size] * 3
+    assert comm.all_reduce(put(np.ones(3))).tolist() == [comm.size] * 3
 
 
 def check_what_is_waited_for_can_be_read(comm: Communicator) -> None:
@@ -221,8 +238,8 @@ def check_what_is_waited_for_can_be_read(comm: Communicator) -> None:
     for _ in range(50):  # on a busy machine the looking thread may come too late
         for call in (
             comm.barrier,
-            lambda: comm.all_reduce(np.zeros(3)),
-            lambda: comm.all_gather(np.zeros(3), async_op=True).wait(),
+            lambda: comm.all_reduce(put(np.zeros(3))),
+            lambda: comm.all_gather(put(np.zeros(3)), async_op=True).wait(),
         ):
             if comm.rank == 0:
                 time.sleep(0.02)
@@ -245,31 +262,31 @@ def check_split(comm: Communicator) -> None:
     half = comm.split(comm.rank % 2, -comm.rank, "half")
     members = [r for r in reversed(range(comm.size)) if r % 2 == comm.rank % 2]
     assert (half.size, half.rank, half.axis) == (len(members), members.index(comm.rank), "half")
-    assert half.all_gather(np.array([comm.rank])).tolist() == members
+    assert half.all_gather(put(np.array([comm.rank]))).tolist() == members
     again = half.split(0, half.rank, "again")
-    assert again.all_gather(np.array([comm.rank])).tolist() == members
+    assert again.all_gather(put(np.array([comm.rank]))).tolist() == members
 
 
 def check_groups_can_be_closed(comm: Communicator, count: int = 20) -> None:
     for i in range(count):
         group = comm.split(comm.rank % 2, comm.rank, "short-lived")
-        group.all_reduce(np.zeros(3), async_op=True)
+        group.all_reduce(put(np.zeros(3)), async_op=True)
         if i % 5 == 0:
-            group.send(np.zeros(20_000), (group.rank + 1) % group.size)
-            group.recv(np.empty(20_000), (group.rank - 1) % group.size)
+            group.send(put(np.zeros(20_000)), (group.rank + 1) % group.size)
+            group.recv(put(np.empty(20_000)), (group.rank - 1) % group.size)
         group.close()
         group.close()  # a second time is free
     comm.close()  # the world stays open
-    assert comm.all_reduce(np.ones(1))[0] == comm.size
+    assert comm.all_reduce(put(np.ones(1)))[0] == comm.size
 
 
 def check_counters(comm: Communicator) -> None:
     fresh = comm.split(0, comm.rank, "counted")
     n = fresh.size
-    fresh.all_reduce(np.zeros(4 * n, np.float32))
-    fresh.all_gather(np.zeros(5, np.float64))
-    fresh.reduce_scatter(np.zeros(2 * n, np.float16))
-    fresh.all_to_all(np.zeros(n, np.int64))
+    fresh.all_reduce(put(np.zeros(4 * n, np.float32)))
+    fresh.all_gather(put(np.zeros(5, np.float64)))
+    fresh.reduce_scatter(put(np.zeros(2 * n, np.float16)))
+    fresh.all_to_all(put(np.zeros(n, np.int64)))
     assert fresh.bytes == {
         "all_reduce": 2 * 16 * (n - 1),
         "all_gather": 40 * (n - 1),
@@ -278,16 +295,16 @@ def check_counters(comm: Communicator) -> None:
     }
     assert all(fresh.calls[name] == 1 for name in fresh.bytes)
     fresh.bytes.clear()
-    fresh.broadcast(np.zeros(3), root=n - 1)
+    fresh.broadcast(put(np.zeros(3)), root=n - 1)
     assert fresh.bytes["broadcast"] == (24 if fresh.rank == n - 1 and n > 1 else 0)
     fresh.bytes.clear()
-    fresh.all_reduce(np.zeros(4 * n + 1, np.float16))  # padded to 5 n
+    fresh.all_reduce(put(np.zeros(4 * n + 1, np.float16)))  # padded to 5 n
     assert fresh.bytes["all_reduce"] == 2 * 10 * (n - 1)
     fresh.bytes.clear()
-    fresh.all_reduce(np.zeros(4 * n + 1, np.float16), async_op=True).wait()
+    fresh.all_reduce(put(np.zeros(4 * n + 1, np.float16)), async_op=True).wait()
     assert fresh.bytes["all_reduce"] == (8 * n + 2) * (n - 1)
     neighbour = (fresh.rank + 1) % n
-    fresh.exchange([(np.zeros(2), neighbour)], [(np.empty(2), (fresh.rank - 1) % n)])
+    fresh.exchange([(put(np.zeros(2)), neighbour)], [(put(np.empty(2)), (fresh.rank - 1) % n)])
     assert (fresh.bytes["send"], fresh.bytes["recv"]) == (16, 0)
 
 
@@ -296,8 +313,8 @@ def check_disagreement_is_named(comm: Communicator) -> None:
         return
     last = comm.size - 1
     with comm.checking():
-        comm.all_reduce(np.zeros(3))
-        x = np.zeros(4 if comm.rank == last else 3)
+        comm.all_reduce(put(np.zeros(3)))
+        x = put(np.zeros(4 if comm.rank == last else 3))
         try:
             comm.all_reduce(x)
         except CommunicationError as error:
@@ -305,7 +322,7 @@ def check_disagreement_is_named(comm: Communicator) -> None:
         else:
             raise AssertionError("the disagreement was not seen")
         try:
-            comm.broadcast(np.zeros(3), root=0 if comm.rank else last)
+            comm.broadcast(put(np.zeros(3)), root=0 if comm.rank else last)
         except CommunicationError as error:
             assert "from rank" in str(error), error
         else:
@@ -347,12 +364,12 @@ def check_mesh(comm: Communicator) -> None:
             if comm.size % (tp * pp):
                 continue
             context = ParallelContext(tp=tp, pp=pp, world=comm)
-            x = np.array([2.0**comm.rank])
+            x = put(np.array([2.0**comm.rank]))
             for axis in (context.tp, context.dp, context.pp):
                 axis.all_reduce(x)
             assert x[0] == 2.0**comm.size - 1
             first = comm.rank - context.coordinates["tp"]
-            assert context.tp.all_gather(np.array([comm.rank])).tolist() == list(
+            assert context.tp.all_gather(put(np.array([comm.rank]))).tolist() == list(
                 range(first, first + tp)
             )
             assert context.operation is None

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
+
+from cupytron import backend
 from cupytron.comm.half import is_half
 from cupytron.errors import CupytronError
 
@@ -186,6 +189,4 @@ class Bookkeeping(ABC):
 
 def _address(x: Any) -> int:
     """Where an array's data begin."""
-    if hasattr(x, "__cuda_array_interface__"):
-        return x.data.ptr
-    return x.__array_interface__["data"][0]
+    return x.__array_interface__["data"][0] if backend.array_module(x) is np else x.data.ptr

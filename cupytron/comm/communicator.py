@@ -139,6 +139,15 @@ class Communicator(Bookkeeping):
     def split(self, color: int, key: int, axis: str) -> "Communicator":
         """The ranks of the same color as a group of their own, ordered by key. Collective."""
 
+    def connect(self, messages: bool = False) -> None:
+        """Make now what the first array on a GPU would have to make. Collective.
+
+        Best called where nothing is under way: before the first step, and before a CUDA graph is captured.
+
+        Args:
+            messages: neighbouring ranks, the last and the first among them, will send each other arrays.
+        """
+
     def close(self) -> None:
         """Give a group made by `split` back, once everything under way in it is done. Collective.
 

@@ -1,6 +1,7 @@
 """The mesh: ranks in a Cartesian grid of pipeline, data and tensor axes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from cupytron.backend import CPU, Device
 from cupytron.comm.alone import SelfCommunicator
@@ -24,6 +25,7 @@ class ParallelContext:
 
     Attributes:
         world, tp, pp, dp: communicators. coordinates: this rank's place by axis. sizes: by axis.
+        tuner: None, or what has chosen among kernels (kernels.autotune.RuntimeAutoTuner).
         ends: the first and the last stage of this rank's pipeline; between them, a rank alone.
 
     Raises:
@@ -41,6 +43,7 @@ class ParallelContext:
         device: Device = CPU,
     ) -> None:
         self.device = device
+        self.tuner: Any = None
         if sizes is not None:
             if unknown := set(sizes) - set(AXES):
                 raise CupytronError(

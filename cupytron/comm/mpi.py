@@ -110,7 +110,10 @@ class MPICommunicator(Communicator):
         return self._comm.allgather(value)
 
     def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
-        x = x.copy() if buffered else x
+        return self._post_send(x.copy() if buffered else x, to, buffered)
+
+    def _post_send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
+        """Start to send an array that nobody will change; buffered: nobody will wait for it, either."""
         request = self._started(self._comm.Isend(x, to), x)
         request.buffered = buffered
         return request.wait
