@@ -10,8 +10,14 @@ from cupytron.cli.options import Settings, prepare_process, settings_options
 @click.command()
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N")
 @click.option("--json", "as_json", is_flag=True, help="Print an object.")
+@click.option(
+    "--peak-tflops",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="What one GPU can do, for MFU, where its data sheet is not known here.",
+)
 @settings_options
-def command(settings: Settings, steps: int, as_json: bool) -> None:
+def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | None) -> None:
     """Measure a configuration on random tokens: forward, backward, clipping and optimizer.
 
     Under mpirun all ranks form the mesh that the settings say.
@@ -22,6 +28,7 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
     from cupytron.bench import measure
     from cupytron.comm import open_world
     from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.metrics import mfu_text
 
     vocab_size = None
     if config.data.path and config.model.vocab_size is None:
@@ -29,9 +36,9 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
 
         vocab_size = open_dataset(config.data.path).vocab_size
     world = open_world()
-    check_alike(world, settings=config, steps=steps)
+    check_alike(world, settings=config, steps=steps, peak=peak_tflops)
     with watchdog(world, config.parallel.timeout) as dog:
-        result = measure(config, steps, environment, vocab_size, world, dog.note)
+        result = measure(config, steps, environment, vocab_size, world, dog.note, peak_tflops)
     if world.rank:
         return
     if as_json:
@@ -40,6 +47,6 @@ def command(settings: Settings, steps: int, as_json: bool) -> None:
     click.echo(
         f"{result['ms_per_step']:.2f} ms a step  {result['tokens_per_second']:,.0f} tokens/s  "
         f"{result['gflops_per_second']:,.0f} ({result['gflops_per_second_causal']:,.0f} causal) "
-        f"GFLOP/s  {result['peak_memory_bytes'] / 2**20:,.0f} MB  "
+        f"GFLOP/s{mfu_text(result)}  {result['peak_memory_bytes'] / 2**20:,.0f} MB  "
         f"{result['parameters']:,} parameters"
     )

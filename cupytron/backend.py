@@ -22,22 +22,34 @@ def array_module(array: Any) -> ModuleType:
     return np
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 class Device:
     """Where a rank computes: here the CPU; gpu.GPU is the other one.
 
     Attributes:
         xp: NumPy or CuPy. gpu: whether it is a GPU. name: for messages.
-        transport: how its arrays reach other ranks, in words.
+        transport: how its arrays reach other ranks, in words. places: all ranks' devices.
     """
 
     xp: Any = np
     gpu = False
     name = "cpu"
     transport = ""
+    places: tuple[str, ...] | list[str] = ()
 
     def put(self, x: Any) -> Any:
         """A host array, here; itself if this is the host."""
         return x
+
+    def versions(self) -> dict[str, str]:
+        """Of what results on it may depend on, for a run's record."""
+        return {}
+
+    def range(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Name what the host starts while this lasts, for a profiler of the device; a CPU has none."""
+        return _NOTHING
 
 
 CPU = Device()

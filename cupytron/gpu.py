@@ -1,8 +1,11 @@
 """A GPU as the device of a rank. CuPy is imported here and below, and only once a GPU is asked for."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import importlib.util
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from cupytron import ops
@@ -18,7 +21,8 @@ class GPU(Device):
 
     Attributes:
         number: as CUDA counts. shared: whether other ranks of this node use it, too.
-        stream: of this rank's computation.
+        stream: of this rank's computation: the thread's current one, unless that is a default stream.
+        graphs: recorded work that is in use (gpu_step.Graph), with memory pools of its own.
         compute_dtype: None, or what layers compute in, for what is chosen by it.
     """
 
@@ -32,9 +36,12 @@ class GPU(Device):
         self.model = properties["name"].decode()
         self.memory = int(properties["totalGlobalMem"])
         self.name = f"cuda:{number} ({self.model})"
-        # the null stream waits for all others, and cannot be captured
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.stream.use()
+        self.stream = cupy.cuda.get_current_stream()
+        if self.stream.ptr in (cupy.cuda.Stream.null.ptr, cupy.cuda.Stream.ptds.ptr):
+            # the default streams wait for others, and cannot be captured
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            self.stream.use()
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def put(self, x: Any) -> Any:
         """A host array, here; an array that is here stays."""
@@ -50,9 +57,29 @@ class GPU(Device):
             "cuda_runtime": str(runtime.runtimeGetVersion()),
         }
 
+    @property
+    def bus(self) -> str:
+        """Its place on the node's bus, the same for all processes; numbers may differ."""
+        return str(self.xp.cuda.Device(self.number).pci_bus_id)
+
     def used_bytes(self) -> int:
-        """Bytes that this process has taken from the GPU for arrays."""
-        return int(self.xp.get_default_memory_pool().total_bytes())
+        """Bytes that this process has taken from the GPU for arrays; pools give nothing back."""
+        pools = [self.xp.get_default_memory_pool(), *(graph.pool for graph in self.graphs)]
+        return sum(int(pool.total_bytes()) for pool in pools)
+
+    def free_bytes(self) -> int:
+        """Bytes of the GPU that nobody has taken."""
+        return int(self.xp.cuda.runtime.memGetInfo()[0])
+
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """An NVTX range, which Nsight Systems shows above the kernels that are started in it."""
+        nvtx = self.xp.cuda.nvtx
+        nvtx.RangePush(name)
+        try:
+            yield
+        finally:
+            nvtx.RangePop()
 
 
 def present() -> bool:

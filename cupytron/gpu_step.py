@@ -14,6 +14,7 @@ import numpy as np
 
 from cupytron.config import RunConfig
 from cupytron.kernels import optimizer as update
+from cupytron.kernels.optimizer import Control
 from cupytron.parallel.pipeline import Work
 from cupytron.parallel.zero import Zero
 from cupytron.stash import MicroBatch
@@ -83,10 +84,10 @@ class GPUStep:
         """
         zero, xp = self.zero, self.device.xp
         rows = self._upload(work, counted, lr)
-        self.control[update.LR] = self._given[0]
+        self.control[Control.LR] = self._given[0]
         xp.multiply(
             self._given[1:],
-            self.control[update.LOSS_SCALE : update.LOSS_SCALE + 1],
+            self.control[Control.LOSS_SCALE : Control.LOSS_SCALE + 1],
             out=self._scale,
         )
         self._loss[...] = 0
@@ -102,16 +103,23 @@ class GPUStep:
 
     def start_update(self) -> Callable[[], Numbers]:
         """Start the update; the function returned waits for the step's numbers."""
-        if self._update_graph is not None:
-            self._update_graph.run(self._update)
-        else:
-            self._update()
+        with self.device.range("update"):
+            if self._update_graph is not None:
+                self._update_graph.run(self._update)
+            else:
+                self._update()
         self.zero.updated()
         return self._tell()
 
     def loss(self) -> float:
         """The mean loss of the step under way; waits for the GPU."""
-        return float(self._loss[0] / self.control[update.LOSS_SCALE])
+        return float(self._loss[0] / self.control[Control.LOSS_SCALE])
+
+    def forget_graphs(self) -> None:
+        """Record anew: other kernels have taken their places in ops."""
+        for graph in (self._micro_graph, self._update_graph):
+            if graph is not None:
+                graph.forget()
 
     # tokens
 
@@ -187,7 +195,7 @@ class GPUStep:
 
     def _update(self) -> None:
         control = self.control
-        loss, scale = (slice(i, i + 1) for i in (update.LOSS, update.LOSS_SCALE))
+        loss, scale = (slice(i, i + 1) for i in (Control.LOSS, Control.LOSS_SCALE))
         self.device.xp.divide(self._loss, control[scale], out=control[loss])
         update.decide(
             control, self._square_sum(), scaling=self.scaling, growth_interval=GROWTH_INTERVAL
@@ -217,8 +225,10 @@ class GPUStep:
         xp, context = self.device.xp, self.context
         if self.zero.deterministic:  # its sums are rounded once, on the host
             return self.device.put(np.array([self.zero.global_norm() ** 2]))
-        sums = [update.squares(bucket.gradient[part], 1) for bucket, part in self._parts]
-        total = xp.concatenate(sums).sum(keepdims=True) if sums else xp.zeros(1)
+        sums = xp.zeros(len(self._parts))  # a concatenation could not be recorded
+        for i, (bucket, part) in enumerate(self._parts):
+            sums[i : i + 1] = update.squares(bucket.gradient[part], 1)
+        total = sums.sum(keepdims=True)
         if self.zero.stage >= 1:
             context.dp.all_reduce(total)
         context.tp.all_reduce(total)
@@ -239,11 +249,11 @@ class GPUStep:
         def wait() -> Numbers:
             done.synchronize()
             return Numbers(
-                float(host[update.LOSS]),
-                float(host[update.NORM]),
-                bool(host[update.FAILED]),
-                int(host[update.STEP]),
-                int(host[update.SKIPPED]),
+                float(host[Control.LOSS]),
+                float(host[Control.NORM]),
+                bool(host[Control.FAILED]),
+                int(host[Control.STEP]),
+                int(host[Control.SKIPPED]),
             )
 
         return wait
@@ -252,17 +262,17 @@ class GPUStep:
         """Counters that a checkpoint needs; waits for the GPU."""
         values = self.control.get()
         return {
-            "updates": int(values[update.STEP]),
-            "loss_scale": float(values[update.LOSS_SCALE]),
-            "good_steps": int(values[update.GOOD_STEPS]),
+            "updates": int(values[Control.STEP]),
+            "loss_scale": float(values[Control.LOSS_SCALE]),
+            "good_steps": int(values[Control.GOOD_STEPS]),
         }
 
     def write(self, counters: dict[str, float]) -> None:
         """Take a checkpoint's counters."""
-        self.control[update.STEP] = counters["updates"]
+        self.control[Control.STEP] = counters["updates"]
         if self.scaling:
-            self.control[update.LOSS_SCALE] = counters["loss_scale"]
-            self.control[update.GOOD_STEPS] = counters["good_steps"]
+            self.control[Control.LOSS_SCALE] = counters["loss_scale"]
+            self.control[Control.GOOD_STEPS] = counters["good_steps"]
 
 
 class _Static(NamedTuple):
@@ -287,7 +297,8 @@ class _Slot:
 
     def make_room(self, count: int) -> None:
         """Wait until the last copy from here is done; have room for so many integers."""
-        self.sent.synchronize()
+        if not self.sent.done:  # the GPU is more than _SLOTS - 1 steps behind
+            self.sent.synchronize()
         if len(self.integers) < count:
             self.integers = self._pinned(count, np.int64)
 
@@ -303,12 +314,13 @@ class Graph:
         self.device = device
         self.usable = True
         self.forget()
+        device.graphs.add(self)
 
     def forget(self) -> None:
         """Start again: what is recorded does not fit any more."""
         self._runs = 0
         self._graph: Any = None
-        self._pool = self.device.xp.cuda.MemoryPool()
+        self.pool = self.device.xp.cuda.MemoryPool()
 
     def run(self, work: Callable[[], None]) -> None:
         """Run the work, by itself or as a replay."""
@@ -325,7 +337,7 @@ class Graph:
             work()
 
     def _allocating(self) -> Any:
-        return self.device.xp.cuda.using_allocator(self._pool.malloc)
+        return self.device.xp.cuda.using_allocator(self.pool.malloc)
 
     def _record(self, work: Callable[[], None]) -> None:
         stream = self.device.stream

@@ -4,14 +4,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cupytron.backend import CPU, Device
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig
 from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError, CupytronError
 from cupytron.gpu import open_device
+from cupytron.kernels import candidates
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.parallel import checker, schedules
 from cupytron.watchdog import Watchdog
+
+MOST_SHOWN = 16  # ranks whose GPU is named at the start
 
 
 def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
@@ -70,19 +74,23 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
     """
     parallel, world = config.parallel, world or SelfCommunicator()
     device = open_device(parallel.device, config)
-    kinds = world.gather_objects("cuda" if device.gpu else "cpu")
-    if len(set(kinds)) > 1:
+    places = world.gather_objects(device.name)
+    with_gpu = [place != CPU.name for place in places]
+    if any(with_gpu) and not all(with_gpu):
         raise CupytronError(
-            f"--device {parallel.device}: rank {kinds.index('cuda')} has a GPU and rank "
-            f"{kinds.index('cpu')} none; give --device cpu, or start ranks where there are GPUs"
+            f"--device {parallel.device}: rank {with_gpu.index(True)} has a GPU and rank "
+            f"{with_gpu.index(False)} none; give --device cpu, or start ranks where there are GPUs"
         )
     if device.gpu:
-        from cupytron.comm.gpu import choose
+        device.places = places
+        from cupytron.comm.choice import choose
 
         world, device.transport = choose(world, parallel.comm, device)
-    return ParallelContext(
+    context = ParallelContext(
         tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world, device=device
     )
+    context.tuner = candidates.start(config, context.world, device)
+    return context
 
 
 def watchdog(world: Communicator, timeout: float, mesh: ParallelContext | None = None) -> Watchdog:
@@ -116,8 +124,10 @@ def _pipeline(config: RunConfig, dp: int) -> str:
 
 
 def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
-    """Lines about a job of several ranks: its mesh, and how to stop it."""
+    """Lines about GPUs; about a job of several ranks: its mesh, and how to stop it."""
     size, sizes, parallel = context.world.size, context.sizes, config.parallel
+    if context.device.gpu:
+        yield from _describe_gpu(config, context.device, size)
     if size == 1:
         return
     sp = ", sequence parallel" if parallel.sp and sizes["tp"] > 1 else ""
@@ -130,3 +140,15 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
         # it kills its ranks half a second after Ctrl-C: too soon for most saves
         ctrl_c = "; under Open MPI Ctrl-C and SIGTERM may lose the steps since the last save"
     yield f"to save and stop: kill -USR1 {launcher_pid() or 'PID of mpirun'}{ctrl_c}"
+
+
+def _describe_gpu(config: RunConfig, device: Device, ranks: int) -> Iterator[str]:
+    """Which rank has which GPU, what it computes in, and how arrays travel."""
+    precision = config.compute_dtype
+    if precision == "float32" and config.train.tf32:
+        precision = "float32 with TF32 products"
+    yield f"{device.name}, computing in {precision}, weights in {config.train.dtype}"
+    if ranks > 1:
+        shown = [f"rank {i} {name.split()[0]}" for i, name in enumerate(device.places[:MOST_SHOWN])]
+        more = f", and {ranks - MOST_SHOWN} more" if ranks > MOST_SHOWN else ""
+        yield f"GPUs by local rank: {', '.join(shown)}{more}; {device.transport}"

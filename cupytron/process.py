@@ -112,7 +112,18 @@ def note_loaded_blas(record: dict[str, Any]) -> None:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two records and may change the last bits of results."""
-    keys = ("threads", "blas_kernel", "processor", "numpy", "cupytron")
+    keys = (
+        "threads",
+        "blas_kernel",
+        "processor",
+        "numpy",
+        "cupytron",
+        "gpu",
+        "cupy",
+        "cuda_driver",
+        "cuda_runtime",
+        "kernels",
+    )
     return [
         f"{k}: {before.get(k)} before, {now.get(k)} now"
         for k in keys

@@ -18,7 +18,8 @@ from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
 from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
-from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes
+from cupytron.memory import explained
+from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
 from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
@@ -100,8 +101,9 @@ def train(
         world.barrier()
         with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop, run.watchdog:
             try:
-                run.start(init_from)
-                return run.loop()
+                with explained(run.config, run.trainer.model.config, context):
+                    run.start(init_from)
+                    return run.loop()
             except BaseException as error:
                 error.add_note(run.where())
                 raise
@@ -136,12 +138,14 @@ class _Run:
         self.config, self.folder, self.dataset = config, folder, dataset
         self.environment, self.progress = environment, progress
         self.context, self.world = context, context.world
+        self.environment.update(context.device.versions())
+        self._note_kernels()
         self.first = self.world.rank == 0  # the rank that writes what only one may
         self.trainer = Trainer(config, dataset.vocab_size, context)
         self._set_trace(trace)
         seq = config.train.sequence_length
         self.loader = Loader(dataset.train, seq, config.train.seed)
-        self.speed = Speed(self.trainer.model.config, seq)
+        self.speed = Speed(self.trainer.model.config, seq, total_peak(context, config))
         self.tokens = 0
         self.elapsed = 0.0
         self._started: _Started | None = None  # the step whose numbers have not been heard
@@ -225,6 +229,11 @@ class _Run:
     def where(self) -> str:
         """Step and phase, for messages."""
         return f"step {self.trainer.step + 1}, {self.phase}"
+
+    def _note_kernels(self) -> None:
+        """Record which kernels are in use; the first step on a GPU chooses some."""
+        if self.context.tuner is not None:
+            self.environment["kernels"] = self.context.tuner.fingerprint()
 
     def _warn(self, text: str) -> None:
         self.progress.line(f"warning: {text}")
@@ -317,19 +326,21 @@ class _Run:
         seconds, self._finished_at = now - max(began, self._finished_at), now
         self.elapsed += seconds
         self.speed.add(self.config.tokens_per_step, seconds)
+        rate = self.config.tokens_per_step / max(seconds, 1e-9)
         record = {
             "step": step,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": tokens,
-            "tokens_per_second": self.config.tokens_per_step / max(seconds, 1e-9),
+            "tokens_per_second": rate,
+            **self.speed.mfu(rate),
             "elapsed_seconds": self.elapsed,
         }
         self._record(record)
         train = self.config.train
         if step % train.log_interval == 0 or step in (1, train.max_steps):
-            memory = {"peak_memory_bytes": peak_memory_bytes()}
+            memory = {"peak_memory_bytes": peak_memory_bytes(self.context.device)}
             self.progress.step({**record, **self.speed.read(), **memory})
 
     def _set_trace(self, trace: Trace | None) -> None:
@@ -433,6 +444,7 @@ class _Run:
         self.note("saving")
         if self.metrics:
             self.metrics.flush()
+        self._note_kernels()
         about = {
             "step": self.trainer.step,
             "position": self.trainer.position,

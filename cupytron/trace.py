@@ -3,6 +3,9 @@
 Each rank notes its pipeline actions, and what its communicators do, which tell as long as a traced step
 lasts. Then rank 0 writes all of it in Chrome's trace format, and says how long the stages were idle: the
 bubble, beside the one that the schedule predicts.
+
+A GPU runs an action long after the host has started it: there, actions have the GPU's times, and calls the
+host's.
 """
 
 import contextlib
@@ -42,12 +45,14 @@ class Operation(NamedTuple):
 class Record(NamedTuple):
     """What one rank did in the traced steps; times are in seconds since a moment that all ranks share.
 
-    coordinates: the rank's place in the mesh, by axis. spans, operations: by step.
+    coordinates: the rank's place in the mesh, by axis. spans, operations: by step. gpu: the name of the one
+    that the spans are of; empty: they are the host's.
     """
 
     coordinates: dict[str, int]
     spans: dict[int, list[Span]]
     operations: dict[int, list[Operation]]
+    gpu: str = ""
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -63,6 +68,43 @@ def parse_range(text: str) -> tuple[int, int]:
             "11 and 12 give 10:13"
         )
     return int(found[1]), int(found[2])
+
+
+class HostClock:
+    """Marks moments of the host."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds(self, mark: Any) -> float:
+        """When a mark was reached, as time.perf_counter tells it."""
+        return float(mark)
+
+
+class GPUClock(HostClock):
+    """Marks moments of the stream: when a GPU is done with what was started before.
+
+    To be made on a stream that is empty, or it is waited for: its first mark is reached at a time that the
+    host knows, and all others are told from there.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._cuda, self._stream = device.xp.cuda, device.stream
+        self._stream.synchronize()
+        before = time.perf_counter()
+        self._first = self.mark()
+        self._first.synchronize()
+        self._at = (before + time.perf_counter()) / 2
+
+    def mark(self) -> Any:
+        event = self._cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def seconds(self, mark: Any) -> float:
+        """When a mark was reached, as time.perf_counter would have told it; waits for it."""
+        mark.synchronize()
+        return self._at + float(self._cuda.get_elapsed_time(self._first, mark)) / 1e3
 
 
 class Trace:
@@ -83,12 +125,17 @@ class Trace:
         self.steps: list[int] = []
         self._tracing = False
         self._zero = 0.0  # this rank's time of the moment that all ranks share
+        self._clock = HostClock()
+        self._marked: list[tuple[int, Action, Any, Any]] = []  # actions of the step under way
         self._spans: dict[int, list[Span]] = {}
         self._operations: dict[int, list[Operation]] = {}
 
     @contextlib.contextmanager
     def step(self, number: int, context: "ParallelContext") -> Iterator[None]:
-        """Trace a training step, if it is one of those asked for. Collective at the first of them."""
+        """Trace a training step, if it is one of those asked for. Collective at the first of them.
+
+        Waits for what a GPU has to do, before and after.
+        """
         if not self.first <= number < self.last:
             yield
             return
@@ -96,12 +143,18 @@ class Trace:
             self._zero = _common_zero(context.world)
         self.steps.append(number)
         self._spans[number], self._operations[number] = [], []
+        self._marked = []
         groups = (context.world, *context.groups)
+        self._clock = GPUClock(context.device) if context.device.gpu else HostClock()
         self._tracing = True
         for group in groups:
             group.trace = self
         try:
             yield
+            self._spans[number] = [
+                Span(stage, action, self._time(start), self._time(end))
+                for stage, action, start, end in self._marked
+            ]
         finally:
             self._tracing = False
             for group in groups:
@@ -110,10 +163,12 @@ class Trace:
     @contextlib.contextmanager
     def action(self, stage: int, action: Action) -> Iterator[None]:
         """Note what a stage does while this lasts; nothing outside of a traced step."""
-        start = self._now()
+        if not self._tracing:
+            yield
+            return
+        start = self._clock.mark()
         yield
-        if self._tracing:
-            self._spans[self.steps[-1]].append(Span(stage, action, start, self._now()))
+        self._marked.append((stage, action, start, self._clock.mark()))
 
     def operation(
         self, name: str, axis: str, start: float, end: float, sent: int, waiting: bool
@@ -124,13 +179,14 @@ class Trace:
             done = Operation(name, axis, start, end, sent, waiting)
             self._operations[self.steps[-1]].append(done)
 
-    def _now(self) -> float:
-        return time.perf_counter() - self._zero
+    def _time(self, mark: Any) -> float:
+        return self._clock.seconds(mark) - self._zero
 
     def record(self, context: "ParallelContext") -> Record:
         """What this rank has noted so far."""
         place = {axis: context.coordinates[axis] for axis in context.sizes}
-        return Record(place, self._spans, self._operations)
+        gpu = context.device.name if context.device.gpu else ""
+        return Record(place, self._spans, self._operations, gpu)
 
     def write(self, path: Path, context: "ParallelContext", schedule: Schedule) -> str:
         """Write the steps traced so far, of which there is one; returns a line about them. Collective.
@@ -182,11 +238,12 @@ def chrome_events(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """In Chrome's trace format: a process is a rank, with a track for actions and one for calls."""
     for rank, record in enumerate(records):
         place = " ".join(f"{axis}={i}" for axis, i in record.coordinates.items())
+        at, calls = (f" on {record.gpu}", ", the host's calls") if record.gpu else ("", "")
         about: list[tuple[str, int, dict[str, Any]]] = [
             ("process_name", 0, {"name": f"rank {rank} ({place})"}),
             ("process_sort_index", 0, {"sort_index": rank}),
-            ("thread_name", ACTIONS, {"name": "actions"}),
-            ("thread_name", COMMUNICATION, {"name": "communication"}),
+            ("thread_name", ACTIONS, {"name": f"actions{at}"}),
+            ("thread_name", COMMUNICATION, {"name": f"communication{calls}"}),
         ]
         for what, track, told in about:
             yield {"name": what, "ph": "M", "pid": rank, "tid": track, "args": told}

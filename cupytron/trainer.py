@@ -69,6 +69,7 @@ class Trainer:
             config.train.loss_scale, dynamic=config.compute_dtype == "float16"
         )
         self._gpu: Any = None  # gpu_step.GPUStep, on a GPU
+        self._tuned = False  # whether the first step has been, in which kernels are tried
 
     def materialize(self, initial: bool = True) -> None:
         """Allocate weights, gradients and optimizer state.
@@ -110,8 +111,16 @@ class Trainer:
             loss = self.compute_gradients(inputs, targets)
             norm, lr = self.apply_gradients(loss)
             return lambda: StepResult(loss, norm, lr)
-        self._gpu.start_gradients(*self._cut(inputs, targets), self._lr)
-        return self._start_update()
+        if not self._tuned:
+            self._tuned = True
+            if self.context.tuner is not None:
+                with self.context.tuner.tuning(self.context.world):
+                    result = self.start_step(inputs, targets)
+                self._gpu.forget_graphs()  # they hold what was called before anything was chosen
+                return result
+        with self.context.device.range(f"step {self.step}"):
+            self._gpu.start_gradients(*self._cut(inputs, targets), self._lr)
+            return self._start_update()
 
     def _start_update(self) -> Callable[[], StepResult]:
         lr, number = self._lr, self.step + 1

@@ -32,9 +32,11 @@ LAYERS = [
     {"trainer", "generate", "run_folder"},
     {
         "stop",
+        "memory",
         "metrics",
         "trace",
         "bench",
+        "tune",
         "run",
         "resume",
         "mesh_run",

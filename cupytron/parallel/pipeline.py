@@ -240,7 +240,8 @@ def run_schedule(
         came = mail.take(needs) if needs else None
         part, is_last = pipeline.parts[chunk], pipeline.placement.part(stage, chunk) == last
         made = None
-        with pipeline.trace.action(stage, action) if pipeline.trace else contextlib.nullcontext():
+        trace = pipeline.trace.action(stage, action) if pipeline.trace else contextlib.nullcontext()
+        with trace, pipeline.device.range(f"{action.kind} {m}, chunk {chunk}"):
             if action.kind == "F":
                 stash = Stash(work[m].batch, defer_weight_grads=schedule.splits_backward)
                 if schedule.trains:

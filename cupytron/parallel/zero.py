@@ -258,12 +258,13 @@ class Zero:
 
     def _reduce(self, bucket: Bucket, who: str) -> None:
         """Start a reduction."""
-        if self.deterministic:
-            handle = tree_reduce_scatter(self.dp, bucket.grad)
-        elif self.stage == 0:
-            handle = self.dp.all_reduce(bucket.grad, async_op=True)
-        else:
-            handle = self.dp.reduce_scatter(bucket.grad, async_op=True)
+        with self.context.device.range(f"reduce {bucket.name}"):
+            if self.deterministic:
+                handle = tree_reduce_scatter(self.dp, bucket.grad)
+            elif self.stage == 0:
+                handle = self.dp.all_reduce(bucket.grad, async_op=True)
+            else:
+                handle = self.dp.reduce_scatter(bucket.grad, async_op=True)
         if self.parts_at_once:
             bucket.set_grad(None)
         self._pending.append((bucket, who, handle))

@@ -1,0 +1,282 @@
+"""Whole models on the simulated GPU: the CPU's numbers, graphs, no waiting, skipped steps, runs."""
+
+import inspect
+import json
+import warnings
+
+import numpy as np
+import pytest
+from runs import ENVIRONMENT, TINY, make_data
+from simulated import simulated_gpu
+from simulated_libraries import simulated_libraries
+
+from cupytron import kernels, mesh_run, ops, verify
+from cupytron.config import load_config
+from cupytron.gpu_step import WARMUP
+from cupytron.kernels.optimizer import Control
+from cupytron.run import train
+from cupytron.run_folder import RunFolder
+from cupytron.trained import load
+from cupytron.trainer import NotFinite, Trainer
+
+SMALL = [
+    "model.vocab_size=50",
+    "model.num_layers=2",
+    "model.d_model=32",
+    "model.dropout=0.1",
+    "train.sequence_length=16",
+    "train.micro_batch=2",
+    "train.global_batch=8",
+    "optim.warmup_steps=0",
+    "parallel.autotune=off",
+]
+
+
+@pytest.fixture
+def cupy():
+    with simulated_libraries(), simulated_gpu() as module:
+        yield module
+    ops.use(None)
+
+
+def settings(*more, device="cuda", check=True):
+    return load_config(overrides=[*SMALL, f"parallel.device={device}", *more], check=check)
+
+
+def trainer_of(config):
+    trainer = Trainer(config, None, mesh_run.open_mesh(config))
+    trainer.materialize()
+    return trainer
+
+
+def batch(step=0):
+    tokens = np.random.default_rng(step).integers(0, 50, (8, 17))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def steps(trainer, count, first=0):
+    return np.array([trainer.train_step(*batch(i % 3))[:2] for i in range(first, first + count)])
+
+
+def weights(trainer):
+    return {n: p.data.get() for n, p in trainer.model.named_parameters()}
+
+
+def test_the_kernels_have_the_signatures_of_the_reference(cupy):
+    table = kernels.table()
+    # two small tables that are made once for each shape
+    assert set(ops.REFERENCE) - set(table) == {"rotary_table", "sinusoidal_positions"}
+    for name, function in table.items():
+        wanted = inspect.signature(ops.REFERENCE[name]).parameters
+        assert list(inspect.signature(function).parameters) == list(wanted), name
+        for parameter, found in inspect.signature(function).parameters.items():
+            assert found.default == wanted[parameter].default, f"{name}({parameter})"
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [
+        # the CPU's reference rounds where the kernels do not, and the other way round
+        ("gpt2", "float64", 1e-13),
+        ("llama", "float64", 1e-13),
+        ("gpt2", "float32", 1e-5),
+        ("llama", "bfloat16", 2e-3),
+        ("gpt2", "bfloat16", 2e-3),
+        ("gpt2", "float16", 1e-3),
+    ],
+)
+def test_losses_and_norms_are_the_cpus(cupy, family, dtype, tolerance):
+    kind = "dtype" if dtype == "float64" else "compute_dtype"
+    more = [f"model.family={family}", f"train.{kind}={dtype}"]
+    got = steps(trainer_of(settings(*more)), 4)
+    want = steps(trainer_of(settings(*more, device="cpu")), 4)
+    np.testing.assert_allclose(got, want, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.activation=relu", "model.position=sinusoidal", "model.tied=false"],
+        ["model.activation=gelu_exact", "model.norm=rms", "model.position=none"],
+        ["model.family=llama", "model.num_kv_heads=2", "model.dropout=0"],
+        ["model.recompute=block"],
+        ["model.recompute=selective", "model.activation=swiglu"],
+        ["optim.name=sgd", "train.deterministic=true"],
+        ["parallel.zero=3"],
+    ],
+    ids=lambda more: " ".join(more),
+)
+def test_other_models(cupy, more):
+    got = steps(trainer_of(settings("train.dtype=float64", *more)), 3)
+    want = steps(trainer_of(settings("train.dtype=float64", *more, device="cpu")), 3)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("graphs", ["true", "false"])
+def test_a_step_waits_for_nothing(cupy, graphs):
+    trainer = trainer_of(settings("train.compute_dtype=bfloat16", f"parallel.graphs={graphs}"))
+    pending = [trainer.start_step(*batch(0))]  # makes tables and plans
+    before = cupy.sim.synchronisations
+    for step in range(1, 6):
+        pending.append(trainer.start_step(*batch(step)))
+    assert cupy.sim.synchronisations == before
+    assert all(np.isfinite(numbers().loss) for numbers in pending)
+
+
+def test_a_replay_gives_the_bits_of_eager_steps(cupy):
+    runs = []
+    for graphs in ("true", "false"):
+        more = ["train.compute_dtype=bfloat16", f"parallel.graphs={graphs}"]
+        trainer = trainer_of(settings(*more))
+        cupy.sim.clear()
+        runs.append((steps(trainer, 5).tolist(), weights(trainer)))
+        launched = [kind for kind, _, _ in cupy.sim.log].count("graph")
+        # micro-steps of 5 steps, and their updates
+        assert launched == (4 * 5 - WARMUP + 5 - WARMUP if graphs == "true" else 0)
+    assert runs[0][0] == runs[1][0]
+    for name, values in runs[0][1].items():
+        assert np.array_equal(values.view(np.uint16), runs[1][1][name].view(np.uint16)), name
+
+
+def test_what_cannot_be_recorded_runs_eagerly_after_one_warning(cupy, monkeypatch):
+    want = steps(trainer_of(settings()), 4)
+    original = ops.add_to
+
+    def waiting(total, x):
+        float(x.ravel()[0])
+        return original(total, x)
+
+    trainer = trainer_of(settings())
+    monkeypatch.setattr(ops, "add_to", waiting)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = steps(trainer, 4)
+    assert [str(w.message)[:19] for w in caught] == ["CUDA graphs are off"]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_other_shapes_are_recorded_anew(cupy):
+    trainer = trainer_of(settings("train.dtype=float64"))
+    other = trainer_of(settings("train.dtype=float64", "parallel.graphs=false"))
+    for sequence in (16, 16, 16, 9, 9, 16):
+        inputs, targets = (x[:, :sequence] for x in batch(sequence))
+        assert trainer.train_step(inputs, targets) == other.train_step(inputs, targets)
+
+
+# steps that are not finite
+
+
+def test_an_overflow_is_skipped_on_the_device(cupy):
+    trainer = trainer_of(settings("train.compute_dtype=float16", "train.loss_scale=1024"))
+    steps(trainer, 3)
+    before = [b.weights.get() for b in trainer.zero.buckets]
+    trainer.zero.buckets[0].grad[3] = np.inf
+    found = trainer.train_step(*batch(0))
+    assert not np.isfinite(found.grad_norm)
+    for bucket, values in zip(trainer.zero.buckets, before, strict=True):
+        np.testing.assert_array_equal(bucket.weights.get(), values)
+    assert trainer.counters() == {"updates": 3, "loss_scale": 512.0, "good_steps": 0}
+    assert np.isfinite(trainer.train_step(*batch(1)).grad_norm)
+    assert trainer.counters() == {"updates": 4, "loss_scale": 512.0, "good_steps": 1}
+
+
+def test_nothing_is_updated_after_a_step_that_is_not_finite(cupy):
+    """The host may have started more steps before it hears of it."""
+    trainer = trainer_of(settings())
+    steps(trainer, 3)
+    before = [b.weights.get() for b in trainer.zero.buckets]
+    trainer.zero.buckets[0].grad[3] = np.nan
+    bad, later = trainer.start_step(*batch(0)), trainer.start_step(*batch(1))
+    for bucket, values in zip(trainer.zero.buckets, before, strict=True):
+        np.testing.assert_array_equal(bucket.weights.get(), values)
+    with pytest.raises(NotFinite, match="step 4"):
+        bad()
+    with pytest.raises(NotFinite):
+        later()
+    assert int(trainer._gpu.control[Control.STEP]) == 3
+
+
+# meshes, by ranks that are threads and share the GPU
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"tp": 2, "sp": "true"},
+        {"dp": 2, "zero": 1},
+        {"dp": 2, "zero": 3, "tp": 2},
+        {"pp": 2, "schedule": "zb-h1", "dp": 2, "zero": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_mesh_has_the_numbers_of_one_process(cupy, mesh, family):
+    sizes = [f"parallel.{key}={value}" for key, value in mesh.items()]
+    more = ["train.dtype=float64", "model.vocab_size=51", f"model.family={family}"]
+    report = verify.run(settings(*more, *sizes, check=False), steps=3)
+    assert report.ok, report.differences[:3]
+    assert report.largest < 1e-10
+
+
+@pytest.mark.parametrize("mesh", [{"dp": 2, "zero": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_a_mesh_in_bfloat16(cupy, mesh):
+    from cupytron.comm import run_ranks
+
+    sizes = [f"parallel.{key}={value}" for key, value in mesh.items()]
+    config = settings("train.compute_dtype=bfloat16", *sizes, check=False)
+
+    def body(world):
+        trainer = Trainer(config, None, mesh_run.open_mesh(config, world))
+        trainer.materialize()
+        losses = []
+        for i in range(3):
+            mine = trainer.local_sequences
+            losses.append(trainer.train_step(*(x[mine] for x in batch(i)))[:2])
+        return losses
+
+    got = run_ranks(2, body)
+    want = steps(trainer_of(settings("train.compute_dtype=bfloat16", device="cpu")), 3)
+    np.testing.assert_allclose(got[0], want, rtol=5e-3)
+    assert got[0] == got[1]
+
+
+# runs
+
+
+def test_a_run_moves_between_cpu_and_gpu(cupy, tmp_path):
+    data = make_data(tmp_path)
+
+    def run(name, device, end):
+        overrides = [*TINY, f'data.path="{data}"', "train.dtype=float64", "optim.decay_steps=12"]
+        overrides += [f"parallel.device={device}", "parallel.autotune=off"]
+        config = load_config(overrides=[*overrides, f"train.max_steps={end}"])
+        return train(config, tmp_path / name, dict(ENVIRONMENT), quiet=True)
+
+    want = run("cpu", "cpu", 12)
+    for end, device in ((5, "cuda"), (8, "cpu"), (12, "cuda")):
+        got = run("both", device, end)
+    assert got.val_loss == pytest.approx(want.val_loss, rel=1e-12)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("cpu", "both")
+    ]
+    for one, other in zip(*(filter(lambda x: "loss" in x, part) for part in lines), strict=True):
+        assert one["step"] == other["step"]
+        assert one["tokens"] == other["tokens"]
+        np.testing.assert_allclose(
+            [other["loss"], other["grad_norm"]], [one["loss"], one["grad_norm"]], rtol=1e-11
+        )
+    about = RunFolder(tmp_path / "both").find("last", print).about
+    assert about["environment"]["gpu"] == "Simulated GPU"
+    # what it has learnt, on either device, with and without a cache of keys and values
+    texts = []
+    for device in ("cpu", "cuda"):
+        config = settings(f"parallel.device={device}")
+        model = load(tmp_path / "both", context=mesh_run.open_mesh(config))
+        texts.append(model.generate("the ", 12, temperature=0.7))
+        assert model.evaluate()["val_loss"] == pytest.approx(
+            load(tmp_path / "both").evaluate()["val_loss"] if device == "cpu" else got_eval,
+            rel=1e-9,
+        )
+        got_eval = model.evaluate()["val_loss"]
+    assert texts[0] == texts[1]
