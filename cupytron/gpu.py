@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import importlib.util
+import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +111,10 @@ def open_device(wish: str = "auto", config: Any = None) -> Device:
     Raises:
         CupytronError: "cuda", and there is no driver, no GPU or no fitting CuPy.
     """
+    if wish != "cpu":
+        # streams of several communicators must not queue behind each other: a receive that waits there
+        # would hold back the send that it waits for
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if wish == "cpu" or (wish == "auto" and not present()):
         ops.use(None)
         return CPU

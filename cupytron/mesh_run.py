@@ -89,6 +89,8 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
     context = ParallelContext(
         tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world, device=device
     )
+    if device.gpu:
+        context.connect()
     context.tuner = candidates.start(config, context.world, device)
     return context
 

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from simulated import bytes_at, find_memory, state
 
-from cupytron.comm.thread import ThreadCommunicator
-
 
 class Call(NamedTuple):
     """One call of a communicator's method."""
@@ -108,12 +106,17 @@ class Comm:
         self._threads._broadcast(self._memory("Bcast", x, peer=root), root)
 
     def Isend(self, x: Any, to: int) -> Request:
-        """The memory is read when the message is received, as it may be."""
+        """The memory is read as late as it may be: when the message is received, or in Wait."""
+        message = [self._memory("Isend", x, peer=to)]
         with self._changed:
-            mail = self._mail.setdefault((self.rank, to), deque())
-            mail.append(self._memory("Isend", x, peer=to))
+            self._mail.setdefault((self.rank, to), deque()).append(message)
             self._changed.notify_all()
-        return Request(lambda: None)
+
+        def finish() -> None:
+            with self._changed:
+                message[0] = message[0].copy()
+
+        return Request(finish)
 
     def Irecv(self, out: Any, source: int) -> Request:
         target = self._memory("Irecv", out, peer=source)
@@ -121,7 +124,7 @@ class Comm:
         def take() -> None:
             with self._changed:
                 assert self._changed.wait_for(lambda: self._mail.get((source, self.rank)), 20)
-                target[...] = self._mail[source, self.rank].popleft()
+                target[...] = self._mail[source, self.rank].popleft()[0]
 
         return Request(take, out.nbytes)
 
@@ -166,8 +169,3 @@ MPI = types.SimpleNamespace(
     IN_PLACE=IN_PLACE,
     Is_finalized=lambda: False,
 )
-
-
-def world(threads: ThreadCommunicator, calls: list[Call]) -> Comm:
-    """All ranks of run_ranks."""
-    return Comm(threads, calls)

@@ -473,6 +473,26 @@ def test_streams_belong_to_threads(cupy):
     assert seen == [cupy.cuda.Stream.null]
 
 
+def test_threads_share_the_null_stream(cupy):
+    errors = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(200):
+                x = cupy.full(10, number)
+                x += 1
+                assert x.sum().item() == 10 * (number + 1)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 # ---- capture -------------------------------------------------------------------------------
 
 

@@ -46,15 +46,18 @@ class CUDAAware(Transport):
         # on each rank
         xp, flat = backend.array_module(x), x.reshape(-1)
         n = -(-x.size // self.size)  # of the part that each rank sums, padded
-        padded = xp.zeros(n * self.size, x.dtype)
-        padded[: x.size] = flat
+        padded = flat
+        if n * self.size > x.size:
+            padded = xp.zeros(n * self.size, x.dtype)
+            padded[: x.size] = flat
         mine = xp.empty(n, x.dtype)
         self._reduce_scatter(padded, mine)()
         gathered = self._all_gather(mine, padded, False)
 
         def finish() -> None:
             gathered()
-            flat[...] = padded[: x.size]
+            if padded is not flat:
+                flat[...] = padded[: x.size]
 
         return finish
 

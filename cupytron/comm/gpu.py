@@ -99,7 +99,8 @@ class GPUCommunicator(Communicator):
         return self.host if backend.array_module(x) is np else self._device
 
     def _all_reduce(self, x: Any) -> Callable[[], None]:
-        self._waits_for = "all_reduce"  # a transport that adds by itself waits for the others' arrays here
+        # a transport that adds by itself waits for the others' arrays here already
+        self._waits_for = "all_reduce"
         try:
             return self._way(x)._all_reduce(x)
         finally:

@@ -69,6 +69,12 @@ class ParallelContext:
         asked = (group.operation for group in (*self.groups, self.world))
         return next((operation for operation in asked if operation is not None), None)
 
+    def connect(self) -> None:
+        """Open what the groups need for arrays on GPUs, before anything is recorded. Collective."""
+        for group in (self.tp, self.dp, self.ends):
+            group.connect()
+        self.pp.connect(messages=True)
+
     def close(self) -> None:
         """Give the groups back; the world stays open. Collective: not for a rank that has failed."""
         for group in self.groups:

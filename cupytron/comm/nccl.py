@@ -1,8 +1,8 @@
 """Arrays on GPUs through NCCL: from GPU to GPU, on a stream of its own, without the host waiting.
 
 At a call NCCL's stream waits for the current one, so for what the array is computed from; at the handle's
-`wait` the stream that is current then waits for NCCL's. Both are events, which a CUDA graph can capture:
-there, each handle has to be waited for before the capture ends.
+`wait` the stream that is current then waits for NCCL's: the one from whose pool the arrays are. Both are
+events, which a CUDA graph can capture: a handle is then waited for in the capture that it was made in.
 
 NCCL adds float32, float64 and integers in an order that it does not promise; all ranks get the same bits.
 16-bit types are only moved by it, and added here in float32 in the order of the ranks (half.ordered_sum).
@@ -47,7 +47,7 @@ class _Channel:
         import cupy
         from cupy.cuda import nccl
 
-        self._cupy, self.axis = cupy, axis
+        self._cupy = cupy
         try:
             self.comm = nccl.NcclCommunicator(size, identity, rank)
         except nccl.NcclError as error:
@@ -55,7 +55,8 @@ class _Channel:
                 f"{axis}: NCCL cannot connect {size} ranks ({error}); NCCL_DEBUG=WARN in the "
                 "environment says more, and --comm mpi-staged works without NCCL"
             ) from error
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        # of high priority: where a multiprocessor falls free, what other ranks wait for goes first
+        self.stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
         # memory that Python lets go of may be used again at once, whatever another stream still does to it
         self._under_way: list[_Work] = []
 
@@ -66,7 +67,7 @@ class _Channel:
         """
         current = self._cupy.cuda.get_current_stream()
         captured = current.is_capturing()
-        if True:
+        if not captured:
             self._under_way = [work for work in self._under_way if not work.over]
         self.stream.wait_event(self._record(current))
         if arrays[0].nbytes:
@@ -138,6 +139,7 @@ class NCCL(Transport):
         self._links[pair].stream.synchronize()
 
     def close(self) -> None:
+        """As Transport.close; CUDA graphs that use NCCL have to be gone: it waits for them to be."""
         for channel in [*self._links.values(), *([self._all] if self._all else [])]:
             channel.close()
         self._all, self._links = None, {}
