@@ -25,13 +25,13 @@ _SLOTS = 3  # steps whose tokens may be on their way to the GPU at once
 
 
 class Numbers(NamedTuple):
-    """What the GPU tells of a step; `skipped` counts all steps so far that overflowed."""
+    """What the GPU tells of a step; loss_scale: of the next one."""
 
     loss: float
     norm: float
     failed: bool
     updates: int
-    skipped: int
+    loss_scale: float
 
 
 class GPUStep:
@@ -208,7 +208,7 @@ class GPUStep:
             if gradient.dtype != weights.dtype:
                 gradient = gradient.astype(weights.dtype)
                 bucket.gradient[...] = 0
-            state = tuple(bucket.state.values())
+            state: Any = tuple(bucket.state.values())
             if c.name == "adamw":
                 update.adamw(
                     weights, copy, gradient, *state, decayed, control, c.beta1, c.beta2, c.eps,
@@ -253,7 +253,7 @@ class GPUStep:
                 float(host[Control.NORM]),
                 bool(host[Control.FAILED]),
                 int(host[Control.STEP]),
-                int(host[Control.SKIPPED]),
+                float(host[Control.LOSS_SCALE]),
             )
 
         return wait

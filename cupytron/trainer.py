@@ -129,7 +129,7 @@ class Trainer:
 
         def result() -> StepResult:
             found = numbers()
-            if found.failed:
+            if found.failed or self._hopeless(found.norm, found.loss_scale):
                 raise _not_finite(number, found.loss, found.norm)
             return StepResult(found.loss, found.norm, lr)
 
@@ -190,8 +190,14 @@ class Trainer:
             if not self.loss_scale.dynamic:
                 raise _not_finite(self.step + 1, loss, norm)
         self.loss_scale.note(finite)
+        if self._hopeless(norm, self.loss_scale.value):
+            raise _not_finite(self.step + 1, loss, norm)
         self._count_step()
         return norm, lr
+
+    def _hopeless(self, norm: float, scale: float) -> bool:
+        """Whether gradients overflow although the loss is not scaled any more."""
+        return self.loss_scale.dynamic and scale == 1.0 and not math.isfinite(norm)
 
     def _count_step(self) -> None:
         self.step += 1

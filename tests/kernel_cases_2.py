@@ -106,13 +106,24 @@ def attention_dropout_from_device(cupy: Any, dtype: Any, sizes: Sizes) -> Errors
 
 
 def attention_of_separate_arrays(cupy: Any, dtype: Any, sizes: Sizes) -> Errors:
-    """Every array has strides of its own: its dims in another order, and gaps between its rows."""
+    """Every array has strides of its own, of whole accesses or not."""
+    errors = separate_arrays(cupy, dtype, sizes, 0)
+    return errors | {f"{k}, off": e for k, e in separate_arrays(cupy, dtype, sizes, 3).items()}
+
+
+def separate_arrays(cupy: Any, dtype: Any, sizes: Sizes, odd: int) -> Errors:
+    """Arrays with their dims in another order, and gaps between their rows.
+
+    Args:
+        odd: elements by which the rows of some of them miss the alignment of an access.
+    """
     rng = np.random.default_rng(9)
     batch, seq, kv_heads, size = sizes.batch, sizes.length, sizes.kv_heads, sizes.head_size
     of_queries, of_keys = (batch, seq, kv_heads, sizes.groups), (batch, seq, kv_heads)
 
     def memory(order: tuple[int, ...], gap: int, shape: tuple[int, ...]) -> np.ndarray:
-        return draw(rng, (*(shape[i] for i in order), size + gap), dtype)
+        row = -(-size // 8) * 8 + gap  # aligned rows, also of heads that no access divides
+        return draw(rng, (*(shape[i] for i in order), row), dtype)
 
     def view(x: Any, order: tuple[int, ...]) -> Any:
         back = (*(order.index(i) for i in range(len(order))), len(order))
@@ -120,7 +131,9 @@ def attention_of_separate_arrays(cupy: Any, dtype: Any, sizes: Sizes) -> Errors:
 
     orders = ((2, 0, 1, 3), (0, 2, 1), (1, 2, 0), (3, 1, 0, 2), (2, 1, 0), (0, 1, 2))
     shapes = (of_queries, of_keys, of_keys) * 2
-    held = [memory(*each) for each in zip(orders, (8, 0, 16, 24, 8, 0), shapes, strict=True)]
+    held = [
+        memory(*each) for each in zip(orders, (8, odd, 16, 24 + odd, 8, odd), shapes, strict=True)
+    ]
     q, k, v = (exact(view(x, order)) for x, order in zip(held, orders[:3], strict=False))
     d_out = draw(rng, (*of_queries, size + 8), dtype)[..., :size]
     o, lse = ops.REFERENCE["attention"](q, k, v)

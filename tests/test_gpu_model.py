@@ -180,6 +180,13 @@ def test_an_overflow_is_skipped_on_the_device(cupy):
     assert trainer.counters() == {"updates": 4, "loss_scale": 512.0, "good_steps": 1}
 
 
+def test_overflow_without_a_scale_ends_the_run(cupy):
+    trainer = trainer_of(settings("train.compute_dtype=float16", "train.loss_scale=2"))
+    trainer.zero.buckets[0].grad[3] = np.inf
+    with pytest.raises(NotFinite, match="step 1"):
+        trainer.train_step(*batch(0))
+
+
 def test_nothing_is_updated_after_a_step_that_is_not_finite(cupy):
     """The host may have started more steps before it hears of it."""
     trainer = trainer_of(settings())

@@ -9,8 +9,10 @@ from kernel_cases import DTYPES, TOLERANCE, Sizes
 from kernel_cases_2 import CASES, control_of
 from simulated import simulated_gpu
 
+from cupytron import ops
 from cupytron.kernels import attention, cross_entropy, loader, optimizer
 from cupytron.kernels.optimizer import Control
+from cupytron.ops import philox
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,18 @@ def test_head_too_large(cupy):
     q, k = cupy.zeros((1, 2, 1, 1, 264), np.float32), cupy.zeros((1, 2, 1, 264), np.float32)
     with pytest.raises(ValueError, match=r"head size 264.*at most 256"):
         attention.attention(q, k, k)
+
+
+def test_dropout_at_its_threshold(cupy):
+    """Of 65536 equally likely numbers, the one that p itself stands for is kept."""
+    key, token, step = (3, 5), 20, 2
+    bits = int(philox.philox(np, (0, token, step, 1), key)[0]) & 0xFFFF
+    dropout = ops.AttentionDropout(bits / 65536, key, step, token, 0)
+    ones = np.ones((1, 1, 1, 1, 8))
+    wanted, _ = ops.REFERENCE["attention"](ones, ones[0], ones[0], dropout)
+    found, _ = attention.attention(*(cupy.asarray(x) for x in (ones, ones[0], ones[0])), dropout)
+    assert wanted.all()
+    np.testing.assert_allclose(found.get(), wanted)
 
 
 def test_target_outside_of_the_vocabulary(cupy):
@@ -185,7 +199,7 @@ def test_everything_can_be_captured(cupy):
     weights = cupy.asarray(np.ones(8, np.float32))
     gradient = cupy.asarray(np.full(8, 2.0, np.float32))
     state = cupy.asarray(np.zeros(8, np.float32))
-    logits, targets = cupy.zeros((1, 4), np.float32), cupy.asarray(np.array([3]))
+    logits, targets = cupy.zeros((2, 4), np.float32), cupy.asarray(np.array([0, 3]))
     control = control_of(cupy, LR=0.5)
     cupy.cuda.Device().synchronize()
     before = cupy.sim.synchronisations
@@ -204,7 +218,7 @@ def test_everything_can_be_captured(cupy):
         graph.launch(stream)
         stream.synchronize()
         assert np.array_equal(weights.get(), np.zeros(8)) and control.get()[Control.STEP] == 1
-        assert control.get()[Control.LOSS] == pytest.approx(math.log(4) / 2)
+        assert control.get()[Control.LOSS] == pytest.approx(math.log(4))
         gradient.set(np.full(8, 1.0, np.float32))
         control[Control.LR] = 2.0
         graph.launch(stream)

@@ -167,6 +167,14 @@ def test_bfloat16_has_no_loss_scale_and_stops(monkeypatch):
         trainer.train_step(*batch())
 
 
+def test_overflow_without_a_scale_ends_the_run(monkeypatch):
+    poisoned(monkeypatch, at=0)
+    trainer = Trainer(settings("train.compute_dtype=float16", "train.loss_scale=2"))
+    trainer.materialize()
+    with pytest.raises(NotFinite, match="step 1"):
+        trainer.train_step(*batch())
+
+
 def test_the_loss_scale_grows():
     from cupytron.optim import LossScale
 

@@ -218,8 +218,7 @@ extern "C" __global__ void attention_forward(
             int query = first + R * thread_y() + i, key = at + R * thread_x();
             A highest = lowest();
             for (int j = 0; j < R; j++) {
-                bool seen = key + j <= query + before && key + j < keys;
-                p[i][j] = seen ? p[i][j] * scale : lowest();
+                p[i][j] = key + j <= query + before ? p[i][j] * scale : lowest();
                 highest = p[i][j] > highest ? p[i][j] : highest;
             }
             // every query sees key 0, so the peak is finite from the first tile on
@@ -321,7 +320,7 @@ extern "C" __global__ void attention_backward_queries(
             int query = first + R * thread_y() + i, key = at + R * thread_x();
             Run factors = dropout.factors(query, key);
             for (int j = 0; j < R; j++) {
-                bool seen = key + j <= query && query < seq;
+                bool seen = key + j <= query;
                 differentiate(
                     s[i][j], dp[i][j], seen, scale, my_lse[i], my_dots[i], factors.at[j]);
             }
@@ -370,11 +369,11 @@ extern "C" __global__ void __launch_bounds__(256, CHUNKS == 1 ? 2 : 1) attention
 #pragma unroll
             for (int j = 0; j < R; j++) {
                 int query = at + R * thread_x() + j, key = first + R * thread_y();
-                bool exists = query < seq;
+                bool exists = query < seq;  // what does not exist is zeros, and adds nothing
                 A my_lse = exists ? lse[row + query] : A(0), my_dots = exists ? dots[row + query] : A(0);
                 Run factors = dropout.factors(query, key);
                 for (int i = 0; i < R; i++) {
-                    bool seen = key + i <= query && exists;
+                    bool seen = key + i <= query;
                     differentiate(s[i][j], dp[i][j], seen, scale, my_lse, my_dots, factors.at[i]);
                 }
             }

@@ -147,4 +147,4 @@ def _dropout_arguments(xp: Any, dropout: AttentionDropout | None) -> tuple[Any, 
 
 def _on_device(xp: Any, value: Any) -> Any:
     """An int as a 0-d int64 array, which a kernel can read anew when a graph is replayed."""
-    return xp.full((), value, np.int64) if isinstance(value, int) else value
+    return value if isinstance(value, xp.ndarray) else xp.full((), value, np.int64)

@@ -87,4 +87,4 @@ def _sum(rows: Any, losses: Any, scale: Any) -> Any:
 
 
 def _on_device(xp: Any, scale: Any) -> Any:
-    return xp.full((), scale, np.float64) if isinstance(scale, int | float) else scale
+    return scale if isinstance(scale, xp.ndarray) else xp.full((), scale, np.float64)
