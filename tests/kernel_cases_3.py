@@ -7,6 +7,7 @@ import numpy as np
 from kernel_cases import Sizes, relative_error
 
 from cupytron.kernels import cudnn_attention, products
+from cupytron.ops import AttentionDropout
 
 
 def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:
@@ -41,6 +42,11 @@ def matmul_layouts(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
         for b in layouts:
             found = products.matmul(_laid_out(cupy, host_a, a), _laid_out(cupy, host_b, b))
             errors[f"{a} @ {b}"] = relative_error(found, wanted)
+    for name, one in (("row", host_a[:1]), ("column", host_a[:, :1])):
+        same = cupy.broadcast_to(cupy.asarray(one), host_a.shape)
+        wanted_same = np.matmul(*_wide(np.broadcast_to(one, host_a.shape), host_b))
+        found = products.matmul(same, cupy.asarray(host_b))
+        errors[f"the same {name}"] = relative_error(found, wanted_same)
     for layout in layouts:
         out = _laid_out(cupy, np.zeros((m, n), dtype), layout)
         returned = products.matmul(cupy.asarray(host_a), cupy.asarray(host_b), out=out)
@@ -81,6 +87,8 @@ def batched(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
             left, right = _laid_out(cupy, a, first), _laid_out(cupy, b, second)
             found = products.batched_matmul(left, right)
             errors[f"{first} @ {second}"] = relative_error(found, np.matmul(*_wide(a, b)))
+    found = products.batched_matmul(cupy.asarray(a)[::-1], cupy.asarray(b))
+    errors["backwards"] = relative_error(found, np.matmul(*_wide(a[::-1], b)))
     same = cupy.broadcast_to(cupy.asarray(b[0]), b.shape)
     found = products.batched_matmul(cupy.asarray(a), same)
     errors["broadcast"] = relative_error(found, np.matmul(*_wide(a, b[:1])))
@@ -94,21 +102,25 @@ def batched(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
 
 
 def linear(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
-    """With a bias, without, with one that is not aligned, for no tokens; one rounding in all."""
+    """With a bias, without, with one that is not aligned or dense, for no tokens or features."""
     errors = {}
     for outputs in (sizes.width, sizes.rows):
         x = _random((sizes.tokens, sizes.width), dtype, 8)
         weight = _random((sizes.width, outputs), dtype, 9)
-        bias = _random((outputs + 1,), dtype, 10)
+        bias = _random((2 * outputs,), dtype, 10)
         on_device = [cupy.asarray(array) for array in (x, weight, bias)]
         product = np.matmul(*_wide(x, weight))
         wide_bias = bias.astype(np.float64)
-        for name, part in (("aligned", slice(0, outputs)), ("unaligned", slice(1, outputs + 1))):
+        parts = {"aligned": slice(0, outputs), "unaligned": slice(1, outputs + 1)}
+        for name, part in {**parts, "strided": slice(0, 2 * outputs, 2)}.items():
             y = products.linear(*on_device[:2], on_device[2][part])
             errors[f"{outputs} {name}"] = relative_error(y, product + wide_bias[part])
         errors[f"{outputs} no bias"] = relative_error(products.linear(*on_device[:2]), product)
         none = products.linear(on_device[0][:0], on_device[1], on_device[2][:outputs])
         errors[f"{outputs} no tokens"] = relative_error(none, np.zeros((0, outputs)))
+        x, weight, bias = on_device[0][:, :0], on_device[1][:0], on_device[2][:outputs]
+        wanted = np.broadcast_to(wide_bias[:outputs], (sizes.tokens, outputs))
+        errors[f"{outputs} no features"] = relative_error(products.linear(x, weight, bias), wanted)
     return errors
 
 
@@ -216,10 +228,44 @@ def cudnn_deterministic(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]
         cudnn_attention.deterministic(False)
 
 
+def cudnn_dropout(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
+    """Its mask is not known: o is linear in v and dv its adjoint, for one mask; and the mean stays."""
+    batch, length, size = sizes.batch, sizes.length, sizes.head_size
+    shape = (batch, length, sizes.kv_heads, 3, size)
+    qkv, dqkv = cupy.asarray(_random(shape, dtype, 18)), cupy.zeros(shape, dtype)
+    (q, k, v), gradients = _parts(qkv, 1), _parts(dqkv, 1)
+    do = _random((batch, length, sizes.kv_heads, 1, size), dtype, 19)
+    dropout = AttentionDropout(0.2, (3, 4), 5, 6, 7)
+    if cudnn_attention.supports(q, k, v, dropout) is not None:
+        return {}
+    o, lse = cudnn_attention.attention(q, k, v, dropout)
+    again, _ = cudnn_attention.attention(q, k, v, dropout)
+    other, _ = cudnn_attention.attention(q, k, v, dropout._replace(step=6))
+    cudnn_attention.attention_backward(cupy.asarray(do), q, k, v, o, lse, gradients, dropout)
+    wide_o, wide_v, wide_dv = _wide(*(cupy.asnumpy(x) for x in (o, v, gradients[2])))
+    (wide_do,) = _wide(do)
+    scale = np.linalg.norm(wide_do) * np.linalg.norm(wide_o)
+    ones = cupy.ones_like(v)
+    (wide_mean,) = _wide(cupy.asnumpy(cudnn_attention.attention(q, k, ones, dropout)[0]))
+    mean = float(wide_mean.mean())
+    return {
+        "adjoint": abs((wide_do * wide_o).sum() - (wide_dv * wide_v).sum()) / scale,
+        "the same address, the same mask": float((cupy.asnumpy(o) != cupy.asnumpy(again)).any()),
+        "another step, another mask": float((cupy.asnumpy(o) == cupy.asnumpy(other)).all()),
+        # a query with t keys spreads by about 0.5 / sqrt(t), the more its probabilities differ the more
+        "mean": max(
+            0.0,
+            abs(mean - 1)
+            - 4 * math.sqrt((1 + math.log(length)) / (batch * sizes.kv_heads)) / length,
+        ),
+    }
+
+
 CASES = {
     function.__name__: function
     for function in (
         *(matmul_layouts, matmul_sizes, batched, linear, add_product, half_sums),
         *(cudnn_packed, cudnn_grouped, cudnn_one_kv_head, cudnn_separate, cudnn_deterministic),
+        cudnn_dropout,
     )
 }

@@ -28,6 +28,7 @@ class data_type(enum.Enum):
     FLOAT = 1
     HALF = 3
     BFLOAT16 = 10
+    INT64 = 11
 
 
 class heur_mode(enum.Enum):
@@ -47,6 +48,7 @@ _DTYPES = {
     data_type.FLOAT: np.dtype(np.float32),
     data_type.HALF: np.dtype(np.float16),
     data_type.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    data_type.INT64: np.dtype(np.int64),
 }
 
 
@@ -139,13 +141,22 @@ class Graph:
         diagonal_alignment: diagonal_alignment = diagonal_alignment.TOP_LEFT,
         diagonal_band_right_bound: int | None = None,
         generate_stats: bool | None = None,
+        dropout: Any = None,
     ) -> list[Tensor]:
         assert generate_stats, "backward needs them"
         outputs = [Tensor("o", dtype=self._io), Tensor("stats")]
         self._set(
             "forward", (q, k, v), outputs, attn_scale, diagonal_alignment, diagonal_band_right_bound
         )
+        self._set_dropout(dropout)
         return outputs
+
+    def _set_dropout(self, dropout: Any) -> None:
+        self._p, *address = dropout or (0.0,)
+        assert 0 < self._p < 1 or not address
+        for tensor in address:
+            assert (tensor.dim, tensor.dtype) == ([1, 1, 1, 1], data_type.INT64)
+        self._inputs = (*self._inputs, *address)
 
     def sdpa_backward(
         self,
@@ -159,6 +170,7 @@ class Graph:
         diagonal_alignment: diagonal_alignment = diagonal_alignment.TOP_LEFT,
         diagonal_band_right_bound: int | None = None,
         use_deterministic_algorithm: bool = False,
+        dropout: Any = None,
     ) -> list[Tensor]:
         outputs = [Tensor(name, dtype=self._io) for name in ("dq", "dk", "dv")]
         inputs = (q, k, v, o, dO, stats)
@@ -166,6 +178,7 @@ class Graph:
             "backward", inputs, outputs, attn_scale, diagonal_alignment, diagonal_band_right_bound
         )
         self._deterministic = use_deterministic_algorithm
+        self._set_dropout(dropout)
         return outputs
 
     def _set(
@@ -186,7 +199,7 @@ class Graph:
         assert lse.dtype is data_type.FLOAT and lse.dim == [batch, heads, tokens, 1]
         for tensor in (*self._inputs, *self._outputs):
             assert tensor.dim and tensor.stride and len(tensor.dim) == len(tensor.stride) == 4
-            if tensor is not lse:
+            if tensor is not lse and tensor.dtype is not data_type.INT64:
                 assert tensor.dtype is self._io is not data_type.NOT_SET
                 assert tensor.stride[-1] == 1, "the last dim has to be contiguous"
         assert all(tensor.output for tensor in self._outputs)
@@ -241,8 +254,13 @@ class Graph:
 
         def compute() -> None:
             scratch[...] = 0xAB
-            wide = [x.astype(np.float64) for x in inputs]
-            for out, value in zip(outputs, function(*wide, self._scale), strict=True):
+            mask = 1.0
+            arrays = inputs
+            if self._p:
+                *arrays, seed, offset = inputs
+                mask = _mask(self._p, int(seed.item()), int(offset.item()), inputs[0].shape)
+            wide = [x.astype(np.float64) for x in arrays]
+            for out, value in zip(outputs, function(*wide, self._scale, mask), strict=True):
                 out[...] = value.astype(out.dtype)
 
         issue(f"cudnn_{self._operation}", compute, inputs, [*outputs, scratch], stream)
@@ -258,21 +276,29 @@ def _scores(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
     return np.where(np.tri(q.shape[2], dtype=bool), s, -np.inf)
 
 
-def _forward(q: Any, k: Any, v: Any, scale: float) -> list[np.ndarray]:
+def _mask(p: float, seed: int, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Factors of the probabilities (B, N, S, S), by an address as cuDNN's generator has one."""
+    batch, heads, tokens, _ = shape
+    rng = np.random.Generator(np.random.Philox(key=seed % (1 << 64), counter=offset % (1 << 64)))
+    return (rng.random((batch, heads, tokens, tokens)) >= p) / (1 - p)
+
+
+def _forward(q: Any, k: Any, v: Any, scale: float, mask: Any) -> list[np.ndarray]:
     s = _scores(q, k, scale)
     peak = s.max(axis=-1, keepdims=True)
     total = np.exp(s - peak).sum(axis=-1, keepdims=True)
-    return [np.exp(s - peak) / total @ _per_head(v, q.shape[1]), peak + np.log(total)]
+    p = mask * np.exp(s - peak) / total
+    return [p @ _per_head(v, q.shape[1]), peak + np.log(total)]
 
 
 def _backward(
-    q: Any, k: Any, v: Any, o: Any, do: Any, stats: Any, scale: float
+    q: Any, k: Any, v: Any, o: Any, do: Any, stats: Any, scale: float, mask: Any
 ) -> list[np.ndarray]:
     heads = q.shape[1]
     p = np.exp(_scores(q, k, scale) - stats)
-    dp = do @ _per_head(v, heads).swapaxes(-1, -2)
+    dp = mask * (do @ _per_head(v, heads).swapaxes(-1, -2))
     ds = scale * p * (dp - (do * o).sum(axis=-1, keepdims=True))
-    dk, dv = ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ do
+    dk, dv = ds.swapaxes(-1, -2) @ q, (mask * p).swapaxes(-1, -2) @ do
     grouped = (k.shape[0], k.shape[1], heads // k.shape[1], *k.shape[2:])
     return [ds @ _per_head(k, heads), *(x.reshape(grouped).sum(axis=2) for x in (dk, dv))]
 

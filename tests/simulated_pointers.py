@@ -1,7 +1,9 @@
 """Addresses of the simulated GPU, for stand-ins of libraries that are given nothing else."""
 
+import bisect
 import contextlib
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import numpy as np
 from simulated import memory, streams
 
-_blocks: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_blocks: dict[int, Any] = {}  # references by address
+_addresses: list[int] = []  # of these, in order
+_lock = threading.Lock()  # ranks may be threads
 
 
 @contextlib.contextmanager
@@ -20,7 +24,10 @@ def known_blocks() -> Iterator[None]:
     class KnownBlock(original):
         def __init__(self, size: int) -> None:
             super().__init__(size)
-            _blocks.add(self)
+            with _lock:
+                if self.ptr not in _blocks:
+                    bisect.insort(_addresses, self.ptr)
+                _blocks[self.ptr] = weakref.ref(self)
 
     memory.Block = KnownBlock
     try:
@@ -28,6 +35,7 @@ def known_blocks() -> Iterator[None]:
     finally:
         memory.Block = original
         _blocks.clear()
+        _addresses.clear()
 
 
 def device_view(
@@ -55,7 +63,14 @@ def device_view(
 
 def _block(pointer: int) -> Any:
     """The allocation that an address lies in, if it was made under known_blocks."""
-    return next((b for b in _blocks if b.ptr <= pointer < b.ptr + b.size), None)
+    with _lock:
+        while place := bisect.bisect(_addresses, pointer):
+            address = _addresses[place - 1]
+            block = _blocks[address]()
+            if block is not None:
+                return block if pointer < block.ptr + block.size else None
+            del _addresses[place - 1], _blocks[address]  # the system has it back
+    return None
 
 
 class _Touched:

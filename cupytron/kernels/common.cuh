@@ -1,5 +1,5 @@
-// What all kernels share. A file is compiled for one type T of activations, and one VEC: how many of them an
-// access moves (see loader.py). Numbers are read as T, computed as A and rounded once.
+// What all kernels share. A file is compiled for one type T of activations, and one VEC: how many of them
+// an access moves (see loader.py). Numbers are read as T, computed as A and rounded once.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -72,8 +72,8 @@ __device__ inline void write(X* to, const Pack<A, N>& wide) {
     store(to, rounded);
 }
 
-// body(pack, k) for up to COUNT packs of a flat array that this thread has. A kernel goes through them twice, first
-// reading and then writing: so all reads are on their way at once.
+// body(pack, k) for the packs of a flat array that this thread has, COUNT at most. A kernel goes through
+// them twice, first reading and then writing: so all reads are on their way at once.
 template <int COUNT, typename Body>
 __device__ inline void flat_packs(i64 packs, Body body) {
     i64 first = i64(blockIdx.x) * blockDim.x * COUNT + threadIdx.x;

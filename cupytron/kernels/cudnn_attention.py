@@ -6,6 +6,9 @@ are; with G = 1 queries as well. With G > 1 the heads of q lie unevenly, G of th
 gap: forward copies q, backward copies q and dq, (T, N H) elements each. cuDNN itself shares a KV head among
 its G queries.
 
+Dropout is cuDNN's own: its mask has the right address (dropout.address), but is not the one of ops and of
+our own kernels. `verify` computes in float64 and float32, which cuDNN does not, so it never sees this mask.
+
 The first call for a shape takes about a second: cuDNN is asked for kernels, forward and backward. So it
 cannot be part of a captured graph.
 """
@@ -17,6 +20,7 @@ from typing import Any
 from cupytron.errors import CupytronError
 from cupytron.kernels import cudnn_graphs
 from cupytron.kernels.cudnn_graphs import Shape, library
+from cupytron.kernels.dropout import address
 
 __all__ = ["attention", "attention_backward", "deterministic", "forget", "library", "supports"]
 
@@ -35,7 +39,7 @@ def supports(q: Any, k: Any, v: Any, dropout: Any = None) -> str | None:
     """None if cuDNN can compute this attention and its gradient, else why not, in words."""
     how = (
         *((x.shape, x.strides, x.dtype, x.data.ptr % _BYTES) for x in (q, k, v)),
-        dropout is None,
+        dropout and dropout.p,
         _use_deterministic,
         _device(),
     )
@@ -48,8 +52,6 @@ def _refusal(q: Any, k: Any, v: Any, dropout: Any) -> str | None:
     tokens, head_size = q.shape[1], q.shape[-1]
     if q.dtype.name not in ("bfloat16", "float16"):
         return f"cuDNN's attention takes bfloat16 and float16, and this is {q.dtype.name}"
-    if dropout is not None:
-        return "the dropout mask of cuDNN's attention is not the one of the other devices"
     if k.shape[1] != tokens:
         return f"{tokens} queries have {k.shape[1]} keys; training has as many of each"
     if tokens < 2:
@@ -68,8 +70,9 @@ def _refusal(q: Any, k: Any, v: Any, dropout: Any) -> str | None:
         if q.size:
             strides = [_strides(x) or _dense_strides(x) for x in (q, k, v)]
             o = _dense_strides(q)
-            cudnn_graphs.forward(_shape(q, [*strides, o]))
-            cudnn_graphs.backward(_shape(q, [*strides, o, o, *strides], _use_deterministic))
+            cudnn_graphs.forward(_shape(q, [*strides, o], dropout))
+            both = [*strides, o, o, *strides]
+            cudnn_graphs.backward(_shape(q, both, dropout, _use_deterministic))
     except CupytronError as error:
         return str(error)
     return None
@@ -91,8 +94,8 @@ def attention(q: Any, k: Any, v: Any, dropout: Any = None) -> tuple[Any, Any]:
     lse = cupy.empty((batch, kv_heads, group, tokens), "float32")
     if q.size:
         arrays = _even(q), _even(k), _even(v), o
-        shape = _shape(q, [_strides(x) or () for x in arrays])
-        cudnn_graphs.forward(shape).run(*arrays, lse)
+        shape = _shape(q, [_strides(x) or () for x in arrays], dropout)
+        cudnn_graphs.forward(shape).run(*arrays, lse, *_address(dropout))
     return o, lse
 
 
@@ -120,8 +123,9 @@ def attention_backward(
     inputs = [_even(x) for x in (q, k, v, o, do)]
     gradients = [x if _strides(x) else cupy.empty(x.shape, x.dtype) for x in out]
     strides = [_strides(x) or () for x in (*inputs, *gradients)]
-    shape = _shape(q, strides, _use_deterministic)
-    cudnn_graphs.backward(shape).run(*inputs, cupy.ascontiguousarray(lse), *gradients)
+    shape = _shape(q, strides, dropout, _use_deterministic)
+    lse = cupy.ascontiguousarray(lse)
+    cudnn_graphs.backward(shape).run(*inputs, lse, *gradients, *_address(dropout))
     for target, gradient in zip(out, gradients, strict=True):
         if gradient is not target:
             target[...] = gradient
@@ -162,10 +166,17 @@ def _even(x: Any) -> Any:
     return x if _strides(x) else cupy.array(x, order="C")
 
 
-def _shape(q: Any, strides: list[tuple[int, ...]], deterministic: bool = False) -> Shape:
+def _address(dropout: Any) -> tuple[Any, ...]:
+    return address(dropout) if dropout else ()
+
+
+def _shape(
+    q: Any, strides: list[tuple[int, ...]], dropout: Any, deterministic: bool = False
+) -> Shape:
     batch, tokens, kv_heads, group, head_size = q.shape
     sizes = (batch, kv_heads * group, kv_heads, tokens, head_size)
-    return Shape(q.dtype.name, *sizes, tuple(strides), deterministic, _device())
+    p = dropout.p if dropout else 0.0
+    return Shape(q.dtype.name, *sizes, tuple(strides), deterministic, p, _device())
 
 
 def _device() -> int:

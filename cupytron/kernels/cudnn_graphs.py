@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     head_size: int
     strides: tuple[tuple[int, ...], ...]  # of q, k, v, o; backward: and of do, dq, dk, dv
     deterministic: bool
+    dropout: float  # probability that one of the softmax's results is dropped
     device: int
 
 
@@ -58,7 +59,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def forward(shape: Shape) -> Graph:
-    """For arrays q, k, v, o, lse.
+    """For arrays q, k, v, o, lse; with dropout and seed, offset, int64.
 
     Raises:
         CupytronError: cuDNN has no kernel for it.
@@ -69,7 +70,7 @@ def forward(shape: Shape) -> Graph:
 
 @functools.cache
 def backward(shape: Shape) -> Graph:
-    """For arrays q, k, v, o, do, lse, dq, dk, dv.
+    """For arrays q, k, v, o, do, lse, dq, dk, dv; with dropout and seed, offset, int64.
 
     Raises:
         CupytronError: cuDNN has no kernel for it.
@@ -89,8 +90,9 @@ def _new_graph(shape: Shape) -> Any:
 
 
 def add_forward(graph: Any, shape: Shape) -> tuple[Any, ...]:
-    """Attention becomes part of the graph; returns its tensors q, k, v, o, lse."""
+    """Attention becomes part of the graph; returns its tensors in the order of `forward`."""
     q, k, v = (_input(graph, shape, name, i) for i, name in enumerate("qkv"))
+    address = _address(graph, shape)
     o, lse = graph.sdpa(
         q=q,
         k=k,
@@ -98,20 +100,22 @@ def add_forward(graph: Any, shape: Shape) -> tuple[Any, ...]:
         attn_scale=1 / math.sqrt(shape.head_size),
         generate_stats=True,
         **_causal(),
+        **({"dropout": (shape.dropout, *address)} if address else {}),
     )
     o.set_output(True).set_dim(_dim(shape, 3)).set_stride(list(shape.strides[3]))
     dim, stride = _of_lse(shape)
     lse.set_output(True).set_data_type(library().data_type.FLOAT)
     lse.set_dim(dim).set_stride(stride)
-    return q, k, v, o, lse
+    return q, k, v, o, lse, *address
 
 
 def add_backward(graph: Any, shape: Shape) -> tuple[Any, ...]:
-    """The gradient becomes part of the graph; returns its tensors q, k, v, o, do, lse, dq, dk, dv."""
+    """The gradient becomes part of the graph; returns its tensors in the order of `backward`."""
     names = ("q", "k", "v", "o", "do")
     q, k, v, o, do = (_input(graph, shape, name, i) for i, name in enumerate(names))
     dim, stride = _of_lse(shape)
     lse = graph.tensor(name="lse", dim=dim, stride=stride, data_type=library().data_type.FLOAT)
+    address = _address(graph, shape)
     gradients = graph.sdpa_backward(
         q=q,
         k=k,
@@ -122,10 +126,22 @@ def add_backward(graph: Any, shape: Shape) -> tuple[Any, ...]:
         attn_scale=1 / math.sqrt(shape.head_size),
         use_deterministic_algorithm=shape.deterministic,
         **_causal(),
+        **({"dropout": (shape.dropout, *address)} if address else {}),
     )
     for i, gradient in enumerate(gradients):
         gradient.set_output(True).set_dim(_dim(shape, i)).set_stride(list(shape.strides[5 + i]))
-    return (q, k, v, o, do, lse, *gradients)
+    return (q, k, v, o, do, lse, *gradients, *address)
+
+
+def _address(graph: Any, shape: Shape) -> tuple[Any, ...]:
+    """Tensors of the dropout's seed and offset; none without dropout."""
+    if not shape.dropout:
+        return ()
+    one, integer = [1, 1, 1, 1], library().data_type.INT64
+    return tuple(
+        graph.tensor(name=name, dim=one, stride=one, data_type=integer)
+        for name in ("seed", "offset")
+    )
 
 
 def _causal() -> dict[str, Any]:
@@ -193,7 +209,7 @@ def library() -> Any:
         cudnn.backend_version()
     except (ImportError, RuntimeError) as error:
         raise CupytronError(
-            f"cuDNN cannot be used ({error}); pip install cupytron[cuda13] (or cuda12) nvidia-cudnn-cu13"
+            f"cuDNN cannot be used ({error}): pip install cupytron[cuda13] (or cuda12)"
         ) from error
     return cudnn
 

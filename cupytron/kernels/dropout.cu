@@ -37,6 +37,13 @@ extern "C" __global__ void dropout(const T* __restrict__ x, T* __restrict__ y, b
     }
 }
 
+// Where another library's random numbers begin: a seed, and 16 bytes on an offset that no other micro-batch has
+extern "C" __global__ void dropout_address(const i64* __restrict__ step, const i64* __restrict__ first_token,
+                                           u64 seed, i64* __restrict__ address) {
+    address[0] = i64(seed);
+    address[2] = (*step << 40) + (*first_token << 6);
+}
+
 extern "C" __global__ void dropout_backward(const T* __restrict__ dy, const bool* __restrict__ mask,
                                             T* __restrict__ dx, A scale, i64 packs) {
     Pack<A, VEC> values[PACKS];

@@ -11,6 +11,7 @@ from cupytron.ops import philox
 _THREADS = 256
 _GROUP = 8  # GROUP in dropout.cu
 _PACKS = 2  # PACKS in dropout.cu
+_GOLDEN = 0x9E3779B97F4A7C15  # odd, so that no two heads share a seed
 
 
 def dropout(x: Any, p: float, key: tuple[int, int], step: int, first_token: int) -> tuple[Any, Any]:
@@ -57,3 +58,25 @@ def dropout_backward(dy: Any, mask: Any, p: float) -> Any:
         (dy, mask, dx, acc.type(philox.keep_scale(p)), np.int64(packs)),
     )
     return dx
+
+
+def address(dropout: Any) -> tuple[Any, Any]:
+    """Seed and offset of a library's own dropout, for an ops.AttentionDropout.
+
+    The mask depends on the run's seed, the layer, the first head, the step and the micro-batch's place, and
+    so it does not change with the number of replicas or stages. Within the micro-batch it is the library's.
+
+    Shapes: both (1,) int64.
+    """
+    xp = backend.array_module(dropout.step)
+    if xp is np:
+        import cupy as xp  # type: ignore[no-redef]
+    low, high = dropout.key
+    seed = (low + (high << 32) + dropout.first_head * _GOLDEN) % (1 << 64)
+    step = loader.on_device("step", dropout.step, xp.int64)
+    first_token = loader.on_device("first_token", dropout.first_token, xp.int64)
+    found = xp.empty(4, xp.int64)  # two of them at multiples of 16 bytes
+    loader.function("dropout", "dropout_address", np.float32)(
+        (1,), (1,), (step, first_token, np.uint64(seed), found)
+    )
+    return found[0:1], found[2:3]

@@ -1,17 +1,18 @@
-// Rows of a table by token id, and the gradient of the table: without atomics and without sorting, each row's
-// sum in an order that depends on the ids alone.
+// Rows of a table by token id, and the gradient of the table: without atomics and without sorting, each
+// row's sum in an order that depends on the ids alone.
 //
-// The gradient takes three launches. `link_tokens` finds for each token the next and the last one with the same id.
-// `sum_segments` adds up dy over the tokens of an id within CHUNK tokens, where the first of them stands; so that
-// also for an id that is everywhere many threads add. `add_segments` adds these sums to the table's row.
+// The gradient takes three launches. `link_tokens` finds for each token the next and the last one with the
+// same id. `sum_segments` adds up dy over the tokens of an id within CHUNK tokens, where the first of them
+// stands; so that also for an id that is everywhere many threads add. `add_segments` adds these sums to the
+// table's row.
 
 #include "common.cuh"
 
 constexpr int WARPS = 8;
 constexpr int CHUNK = 128;
-constexpr int AHEAD = 4;     // rows that are on their way at once while a warp adds
-constexpr int TOKENS = 32;   // of a block of link_tokens, one a lane
-constexpr int TILE = 1024;   // ids that such a block compares with at once
+constexpr int AHEAD = 4;    // rows that are on their way at once while a warp adds
+constexpr int TOKENS = 32;  // of a block of link_tokens, one a lane
+constexpr int TILE = 1024;  // ids that such a block compares with at once
 
 // The table's row of an id; -1: not here
 __device__ inline int row_of(i64 id, i64 first, i64 rows) {
@@ -37,11 +38,11 @@ extern "C" __global__ void embedding(const i64* __restrict__ ids, const T* __res
     store(y + i * VEC, values);
 }
 
-// next[t]: the next token with the id of t; `tokens`: there is none. last[t]: the one before (-1, as the caller
-// has filled it, if there is none). The warps of a block have the same 32 tokens, and share out the tokens
-// behind these, until each has found its next.
-extern "C" __global__ void link_tokens(const i64* __restrict__ ids, i64 first, i64 rows, int tokens, int* next,
-                                int* last) {
+// next[t]: the next token with the id of t; `tokens`: there is none. last[t]: the one before it; -1, as the
+// caller has filled it: there is none. The warps of a block have the same 32 tokens, and share out the
+// tokens behind these, until each has found its next.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    link_tokens(const i64* __restrict__ ids, i64 first, i64 rows, int tokens, int* next, int* last) {
     __shared__ int tile[TILE];
     __shared__ int found[WARPS][TOKENS], done[TOKENS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -69,7 +70,7 @@ extern "C" __global__ void link_tokens(const i64* __restrict__ ids, i64 first, i
             }
         }
         __syncthreads();
-        if (__all_sync(ALL_LANES, done[lane])) break;  // for all warps: the next to write waits for a barrier
+        if (__all_sync(ALL_LANES, done[lane])) break;  // in all warps: `done` waits for a barrier
     }
 
     found[warp][lane] = at;
@@ -107,9 +108,9 @@ __device__ inline void add_row(A* to, const Pack<A, VEC>& values) {
     write(to, sum);
 }
 
-// A warp has 32 packs of a token. segment[t]: the sum of dy over t and the tokens of its id that follow in its
-// chunk, where t is the first of them; behind[t]: the first one after the chunk. A segment that is all there
-// is of its id goes into the table at once.
+// A warp has 32 packs of a token. segment[t]: the sum of dy over t and the tokens of its id that follow in
+// its chunk, where t is the first of them; behind[t]: the first one after the chunk. A segment that is all
+// there is of its id goes into the table at once.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     sum_segments(const T* __restrict__ dy, const i64* __restrict__ ids, const int* __restrict__ next,
                  const int* __restrict__ last, A* __restrict__ segment, int* __restrict__ behind,

@@ -1,8 +1,8 @@
 // LayerNorm and RMSNorm, forward (alone, or with the sum before it) and backward.
 //
-// A team of threads has one row. It reads the row once and keeps it in registers, PACKS packs a thread, so that
-// the variance can be taken from centred values; PACKS = 0 is for rows that are too wide for that, and reads
-// them again.
+// A team of threads has one row. It reads the row once and keeps it in registers, PACKS packs a thread, so
+// that the variance can be taken from centred values; PACKS = 0 is for rows that are too wide for that, and
+// reads them again.
 
 #include "common.cuh"
 
@@ -49,8 +49,8 @@ __device__ inline void team_sums(A& a, A& b, A* scratch) {
     }
 }
 
-// total = x + delta where ADD, which may be delta's memory; y = (total - mean) * rstd * weight + bias, the mean
-// only where CENTRED; stats: mean and rstd of each row
+// total = x + delta where ADD, which may be delta's memory; y = (total - mean) * rstd * weight + bias, the
+// mean only where CENTRED; stats: mean and rstd of each row
 template <bool CENTRED, bool ADD>
 __device__ inline void norm(const T* __restrict__ x, const T* delta, T* total,
                             const T* __restrict__ weight, const T* __restrict__ bias, T* y, A* stats,
@@ -104,28 +104,28 @@ __device__ inline void norm(const T* __restrict__ x, const T* delta, T* total,
     if (threadIdx.x % TEAM == 0) stats[2 * row] = mean, stats[2 * row + 1] = rstd;
 }
 
-// x, weight, bias -> y, stats; what one of them does not have is null
+// The same parameters for all four: what one of them does not have is null
 extern "C" __global__ void __launch_bounds__(THREADS)
-    layer_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y, A* stats, A eps,
-               i64 rows, int width) {
+    layer_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y,
+               A* stats, A eps, i64 rows, int width) {
     norm<true, false>(x, delta, total, weight, bias, y, stats, eps, rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    add_layer_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y, A* stats, A eps,
-                   i64 rows, int width) {
+    add_layer_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y,
+                   A* stats, A eps, i64 rows, int width) {
     norm<true, true>(x, delta, total, weight, bias, y, stats, eps, rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rms_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y, A* stats, A eps,
-             i64 rows, int width) {
+    rms_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y,
+             A* stats, A eps, i64 rows, int width) {
     norm<false, false>(x, delta, total, weight, bias, y, stats, eps, rows, width);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    add_rms_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y, A* stats, A eps,
-                 i64 rows, int width) {
+    add_rms_norm(const T* x, const T* delta, T* total, const T* weight, const T* bias, T* y,
+                 A* stats, A eps, i64 rows, int width) {
     norm<false, true>(x, delta, total, weight, bias, y, stats, eps, rows, width);
 }
 
@@ -144,8 +144,8 @@ __device__ inline void add_teams(const Values& mine, int k, A* out, int width) {
 }
 
 // With xhat = (x - mean) * rstd and dxhat = dy * weight:
-// dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) + residual, the first mean only where CENTRED.
-// A block takes every gridDim.x-th group of rows, and writes its sums of dy * xhat and dy to
+// dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) + residual, the first mean only where
+// CENTRED. A block takes every gridDim.x-th group of rows, and writes its sums of dy * xhat and dy to
 // partial[blockIdx.x], (2, width).
 template <bool CENTRED>
 __device__ inline void norm_backward(const T* __restrict__ dy, const T* __restrict__ x,

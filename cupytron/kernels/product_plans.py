@@ -64,17 +64,14 @@ def choose(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int = 0) -> N
     with _lock:
         if plan.decided or not _timing or current_stream().is_capturing():
             return
-        key = plan.problem.key
-        if key not in _choices and plan.count > 1:
-            try:
-                spare = cupy.zeros(scratch, "uint8")
-            except cupy.cuda.memory.OutOfMemoryError:
-                _choices[key] = 0
-            else:
-                target = spare.data.ptr if scratch else d
-                _choices[key] = _fastest(plan, (a, b, target, bias))
+        try:
+            spare = cupy.zeros(scratch, "uint8")
+        except cupy.cuda.memory.OutOfMemoryError:
+            plan.decided = True
+            return
+        target = spare.data.ptr if scratch else d
+        _choices[plan.problem.key] = _fastest(plan, (a, b, target, bias))
         _take_choice(plan)
-        plan.decided = True
 
 
 def _take_choice(plan: Plan) -> None:

@@ -233,11 +233,8 @@ def _reading(x: Any) -> _Reading | None:
             return _Reading(True, columns)
         if down % item == 0 and down >= columns * item:
             return _Reading(True, down // item)
-    if down == item or rows == 1:
-        if columns == 1:
-            return _Reading(False, rows)
-        if along % item == 0 and along >= rows * item:
-            return _Reading(False, along // item)
+    if (down == item or rows == 1) and along % item == 0 and along >= rows * item:
+        return _Reading(False, along // item)
     return None
 
 

@@ -2,10 +2,9 @@
 
 #include "common.cuh"
 
-// Turns the pairs (x[i], x[i + half]) by their position's angle. x: (batches, length, outer, inner, 2 half),
-// the last dim contiguous, the others with a stride each; cos, sin: (length, half).
-// A thread has VEC neighbouring pairs; threads next to each other have a position's pairs, whose cos and sin they
-// find in the cache after the first.
+// Turns the pairs (x[i], x[i + half]) by their position's angle. x: (batches, length, outer, inner,
+// 2 half), the last dim contiguous, the others with a stride each; cos, sin: (length, half). A thread has
+// VEC neighbouring pairs, and threads beside it others of the same position: cos and sin are in the cache.
 extern "C" __global__ void rotary(T* x, const A* __restrict__ cos, const A* __restrict__ sin, u64 threads,
                                   u64 length, u64 outer, u64 inner, u64 half, i64 batch_stride,
                                   i64 position_stride, i64 outer_stride, i64 inner_stride) {
@@ -23,7 +22,8 @@ extern "C" __global__ void rotary(T* x, const A* __restrict__ cos, const A* __re
     T* b = a + half;
 
     Pack<A, VEC> first = read<VEC>(a), second = read<VEC>(b);
-    Pack<A, VEC> c = read<VEC>(cos + position * half + feature), s = read<VEC>(sin + position * half + feature);
+    u64 angle = position * half + feature;
+    Pack<A, VEC> c = read<VEC>(cos + angle), s = read<VEC>(sin + angle);
 #pragma unroll
     for (int j = 0; j < VEC; j++) {
         A turned = first.at[j] * c.at[j] - second.at[j] * s.at[j];
