@@ -88,6 +88,8 @@ def test_the_kernels_have_the_signatures_of_the_reference(cupy):
 def test_losses_and_norms_are_the_cpus(cupy, family, dtype, tolerance):
     kind = "dtype" if dtype == "float64" else "compute_dtype"
     more = [f"model.family={family}", f"train.{kind}={dtype}"]
+    if dtype.endswith("float16"):
+        more.append("model.dropout=0")  # cuDNN has masks of its own
     got = steps(trainer_of(settings(*more)), 4)
     want = steps(trainer_of(settings(*more, device="cpu")), 4)
     np.testing.assert_allclose(got, want, rtol=tolerance)
@@ -230,7 +232,9 @@ def test_a_mesh_in_bfloat16(cupy, mesh):
     from cupytron.comm import run_ranks
 
     sizes = [f"parallel.{key}={value}" for key, value in mesh.items()]
-    config = settings("train.compute_dtype=bfloat16", *sizes, check=False)
+    # cuDNN's dropout does not know how heads are spread over ranks
+    half = ["train.compute_dtype=bfloat16", "model.dropout=0"]
+    config = settings(*half, *sizes, check=False)
 
     def body(world):
         trainer = Trainer(config, None, mesh_run.open_mesh(config, world))
@@ -242,7 +246,7 @@ def test_a_mesh_in_bfloat16(cupy, mesh):
         return losses
 
     got = run_ranks(2, body)
-    want = steps(trainer_of(settings("train.compute_dtype=bfloat16", device="cpu")), 3)
+    want = steps(trainer_of(settings(*half, device="cpu")), 3)
     np.testing.assert_allclose(got[0], want, rtol=5e-3)
     assert got[0] == got[1]
 

@@ -17,8 +17,8 @@ def install(config: Any = None) -> None:
 
     products.allow_tf32(config is not None and config.train.tf32)
     cudnn_attention.deterministic(config is not None and config.train.deterministic)
-    # an algorithm that was chosen by its time may be another one in the next process
-    products.set_timing(config is None or not config.train.deterministic)
+    # algorithms are chosen by their times only where the tuner asks for it, for all ranks alike
+    products.set_timing(False)
     ops.use(table())
 
 
@@ -70,4 +70,12 @@ def _attention() -> dict[str, Callable[..., Any]]:
         module: Any = own if cudnn.supports(q, k, v, dropout) else cudnn
         module.attention_backward(do, q, k, v, o, lse, out, dropout)
 
-    return {"attention": attention, "attention_backward": attention_backward}
+    def cached_attention(q: Any, k: Any, v: Any) -> Any:
+        # the number of keys grows with each token, and cuDNN would make a plan for each
+        return own.attention(q, k, v)[0]
+
+    return {
+        "attention": attention,
+        "attention_backward": attention_backward,
+        "cached_attention": cached_attention,
+    }

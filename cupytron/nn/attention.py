@@ -48,7 +48,8 @@ class Attention(Layer):
         q, k, v = self._split(qkv, stash)
         self._rotate(qkv, stash, back=False)
         if stash.batch.kv_cache is not None:
-            k, v = stash.batch.kv_cache.extend(self, k, v)
+            o = ops.cached_attention(q, *stash.batch.kv_cache.extend(self, k, v))
+            return self.out.forward(o.reshape(len(qkv), -1), stash)
         o, lse = ops.attention(q, k, v, self._dropout(stash))
         with stash.remaking(
             self.recompute, (o, lse), lambda saved: self._attend(saved, stash), qkv

@@ -40,6 +40,7 @@ rms_norm_backward = in_float32(_norm.rms_norm_backward, wide=(1,))
 rotary_table = _rotary.rotary_table
 rotary = in_float32(_rotary.rotary, written="x")
 attention = in_float32(_attention.attention, wide=(1,))
+cached_attention = in_float32(_attention.cached_attention)
 attention_backward = in_float32(_attention.attention_backward, written="out")
 cross_entropy = in_float32(_cross_entropy.cross_entropy, written="logits")
 shard_exponentials = in_float32(_cross_entropy.shard_exponentials, written="logits")
@@ -60,6 +61,7 @@ __all__ = [
     "add_to",
     "attention",
     "attention_backward",
+    "cached_attention",
     "cross_entropy",
     "dropout",
     "dropout_backward",

@@ -58,6 +58,14 @@ def attention(q: Any, k: Any, v: Any, dropout: AttentionDropout | None = None) -
     return o, lse
 
 
+def cached_attention(q: Any, k: Any, v: Any) -> Any:
+    """The o of attention, for a few new queries over a cache of keys and values: without a backward.
+
+    Shapes: as attention's.
+    """
+    return attention(q, k, v)[0]
+
+
 @backend.one_blas_thread()
 def attention_backward(
     do: Any,
