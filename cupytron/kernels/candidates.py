@@ -190,9 +190,25 @@ def register_gpu(tuner: RuntimeAutoTuner) -> None:
             candidates = {default: installed[name], **candidates}
         candidates["reference"] = reference
         tuner.wrap(name, candidates, default, reference, _WRITES.get(name, ()))
+    for name in ("attention", "attention_backward"):
+        tuner.functions[name] = _chosen_without_dropout(tuner.functions[name], installed[name])
     products = _optional("products")
     if products is not None:
         tuner.attach("products", products.choices, products.set_choices, products.set_timing)
+
+
+def _chosen_without_dropout(tuned: Function, usual: Function) -> Function:
+    """Attention that leaves dropout to the usual kernel: a library's mask cannot be compared with ours."""
+
+    @functools.wraps(usual)
+    def function(*arguments: Any, dropout: Any = None) -> Any:
+        *others, last = arguments
+        if isinstance(last, ops.AttentionDropout):
+            arguments, dropout = tuple(others), last
+        return tuned(*arguments) if dropout is None else usual(*arguments, dropout)
+
+    function.default = usual  # type: ignore[attr-defined]
+    return function
 
 
 def _wrap_pair(
