@@ -190,7 +190,7 @@ def register_gpu(tuner: RuntimeAutoTuner) -> None:
             candidates = {default: installed[name], **candidates}
         candidates["reference"] = reference
         tuner.wrap(name, candidates, default, reference, _WRITES.get(name, ()))
-    for name in ("attention", "attention_backward"):
+    for name in tuner.functions.keys() & {"attention", "attention_backward"}:
         tuner.functions[name] = _chosen_without_dropout(tuner.functions[name], installed[name])
     products = _optional("products")
     if products is not None:
