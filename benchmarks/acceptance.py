@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
 
-Names: clone gradients torch kills damage mesh sweep pipelines memory failing shakespeare bench (default:
-all). A check that fails does not stop the others; the exit code is 1 if one failed. The corpus is
+Names: clone gradients torch kills damage mesh sweep pipelines memory failing gpu slower shakespeare bench
+(default: all). A check that fails does not stop the others; the exit code is 1 if one failed. The corpus is
 ../shared/data/tinyshakespeare.txt, the file in $SHAKESPEARE, or a download.
 """
 
@@ -125,6 +125,26 @@ def shakespeare(log: Log) -> None:
 
 def pytest(log: Log, *arguments: str, **environment: str) -> None:
     log.line(f"  {last_line(log.run(BIN / 'python', '-m', 'pytest', *arguments, **environment))}")
+
+
+def gpu(log: Log) -> None:
+    """What can be checked of the GPU's code without one: compiled for three targets, run by a simulated GPU."""
+    compiled = log.run(BIN / "python", "-m", "pytest", "-rs", "tests/test_kernels_compile.py")
+    log.line(f"  {last_line(compiled)}")
+    hold("skipped" not in last_line(compiled), "all kernels compile for sm_80, sm_90, sm_100", log)
+    pytest(log, "tests/test_kernels.py", "tests/test_kernels_2.py", "tests/test_products.py")
+    pytest(log, "tests/test_cudnn_attention.py", "tests/test_autotune.py", "tests/test_simulated.py")
+    pytest(log, "tests/test_gpu_model.py", "tests/test_gpu_observed.py", "tests/test_precision.py")
+    pytest(log, "tests/test_comm_gpu.py", "tests/test_device.py", "tests/test_imports.py")
+    pytest(log, "tests/test_gpu_benchmarks.py", "tests/test_memory.py")
+
+
+def slower(log: Log) -> None:
+    """A step on a CPU takes no longer than before there was a GPU: within the noise of 5%."""
+    for setting in ("A", "B", "C"):
+        command = ("benchmarks/overhead.py", "--setting", setting, "--rounds", "8")
+        (line,) = (log.run(BIN / "python", *command)).splitlines()[-1:]
+        hold(float(line.split()[-1].rstrip("%")) < 5, f"setting {setting}: {line}", log)
 
 
 def gradients(log: Log) -> None:
@@ -250,6 +270,8 @@ CHECKS: dict[str, Callable[[Log], None]] = {
         pipelines,
         memory,
         failing,
+        gpu,
+        slower,
         shakespeare,
         bench,
     )
