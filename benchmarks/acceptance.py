@@ -128,12 +128,14 @@ def pytest(log: Log, *arguments: str, **environment: str) -> None:
 
 
 def gpu(log: Log) -> None:
-    """What can be checked of the GPU's code without one: compiled for three targets, run by a simulated GPU."""
+    """The GPU code without a GPU: compiled for three targets, run on a simulated one."""
     compiled = log.run(BIN / "python", "-m", "pytest", "-rs", "tests/test_kernels_compile.py")
     log.line(f"  {last_line(compiled)}")
     hold("skipped" not in last_line(compiled), "all kernels compile for sm_80, sm_90, sm_100", log)
     pytest(log, "tests/test_kernels.py", "tests/test_kernels_2.py", "tests/test_products.py")
-    pytest(log, "tests/test_cudnn_attention.py", "tests/test_autotune.py", "tests/test_simulated.py")
+    pytest(
+        log, "tests/test_cudnn_attention.py", "tests/test_autotune.py", "tests/test_simulated.py"
+    )
     pytest(log, "tests/test_gpu_model.py", "tests/test_gpu_observed.py", "tests/test_precision.py")
     pytest(log, "tests/test_comm_gpu.py", "tests/test_device.py", "tests/test_imports.py")
     pytest(log, "tests/test_gpu_benchmarks.py", "tests/test_memory.py")

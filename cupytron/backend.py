@@ -57,7 +57,7 @@ CPU = Device()
 
 def to_host(x: Any) -> np.ndarray:
     """An array as NumPy's; waits for a GPU."""
-    return x if isinstance(x, np.ndarray | np.generic) else x.get()
+    return np.asarray(x) if array_module(x) is np else x.get()
 
 
 def named_dtype(name: str) -> np.dtype:

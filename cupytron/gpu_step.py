@@ -94,8 +94,9 @@ class GPUStep:
         recorded = self._micro_graph is not None and zero.pipeline.trace is None
         zero.begin_step(len(work), held=recorded)
         if recorded:
-            for batch, row in rows:
-                self._replay(batch, row)
+            for number, (batch, row) in enumerate(rows):
+                with self.device.range(f"micro-batch {number}"):
+                    self._replay(batch, row)
         else:
             self._micro_step([self._on_device(*one) for one in rows])
         zero.finish_gradients()
@@ -208,16 +209,13 @@ class GPUStep:
             if gradient.dtype != weights.dtype:
                 gradient = gradient.astype(weights.dtype)
                 bucket.gradient[...] = 0
-            state: Any = tuple(bucket.state.values())
+            common: dict[str, Any] = {"weight_decay": c.weight_decay, **bucket.state}
+            common.update(decayed=decayed, control=control)
             if c.name == "adamw":
-                update.adamw(
-                    weights, copy, gradient, *state, decayed, control, c.beta1, c.beta2, c.eps,
-                    c.weight_decay,
-                )  # fmt: skip
+                common.update(beta1=c.beta1, beta2=c.beta2, eps=c.eps)
+                update.adamw(weights, copy, gradient, **common)
             else:
-                update.sgd(
-                    weights, copy, gradient, *state, decayed, control, c.momentum, c.weight_decay
-                )
+                update.sgd(weights, copy, gradient, **common, momentum_factor=c.momentum)
         update.finish(control)
 
     def _square_sum(self) -> Any:
