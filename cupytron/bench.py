@@ -16,7 +16,10 @@ from cupytron.process import note_loaded_blas
 from cupytron.trainer import Trainer
 from cupytron.watchdog import Note, unwatched
 
-WARMUP = 3  # steps that are not counted: first allocations, page faults, kernels compiled, graphs recorded
+WARMUP = 3  # steps that are not counted: first allocations, page faults
+GPU_WARMUP = (
+    5  # kernels are chosen in the first step, graphs are recorded in the fourth at the latest
+)
 
 
 def measure(
@@ -45,13 +48,15 @@ def measure(
     note_loaded_blas(environment)
     context = open_mesh(config, world)
     device = context.device
+    environment.update(device.versions())
     trainer = Trainer(config, vocab_size, context)
     model = trainer.model.config
     rng = np.random.default_rng([config.train.seed, context.coordinates["dp"]])
     shape = (2, len(trainer.local_sequences), config.train.sequence_length)
+    warmup = GPU_WARMUP if device.gpu else WARMUP
 
     def batches() -> Iterator[np.ndarray]:
-        for number in range(WARMUP + steps):
+        for number in range(warmup + steps):
             note(number, "measuring")
             batch = rng.integers(0, model.vocab_size, shape)
             for group in context.groups:
@@ -60,7 +65,7 @@ def measure(
 
     with explained(config, model, context):
         trainer.materialize()
-        seconds = list(_seconds(trainer, batches(), ahead=device.gpu))[WARMUP:]
+        seconds = list(_seconds(trainer, batches(), ahead=device.gpu))[warmup:]
     median = statistics.median(seconds)
     rate = config.tokens_per_step / median
     flops = both_flops(model, config.train.sequence_length)

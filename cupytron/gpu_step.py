@@ -352,6 +352,7 @@ class Graph:
 
     def _give_up(self, error: Exception) -> None:
         self.usable = False
+        self.pool = self.device.xp.cuda.MemoryPool()  # lets go of what the recording has taken
         with contextlib.suppress(Exception):  # the capture has been invalidated, and says so
             self.device.stream.end_capture()
         warnings.warn(

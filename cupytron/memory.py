@@ -99,7 +99,7 @@ def of_stage(config: RunConfig, model: ModelConfig, stage: int, training: bool =
     owned = sum(bucket.owned.stop - bucket.owned.start for bucket in zero.buckets)
     largest = max((bucket.size for bucket in zero.buckets), default=0)
     logits = kept.logits(transformer.head) if transformer.head else 0
-    working = kept.for_a_moment(transformer)
+    working = moment = kept.for_a_moment(transformer)
     weights = kept.each * (owned if zero.stage == 3 else whole)
     if zero.stage == 3:  # weights of the layer that runs, and of the next one
         working += 2 * kept.each * largest
@@ -116,12 +116,13 @@ def of_stage(config: RunConfig, model: ModelConfig, stage: int, training: bool =
     here = config.micro_batches // place.dp.size
     actions = pipeline.schedule(here).actions[stage]
     held = int(checker.peak(actions, until_backward, until_weights))
+    working += kept.again(transformer)
     if zero.parts_at_once:  # full gradients: of the layer that runs, and on their way
         working += 3 * reduce * largest
+    elif config.parallel.graphs and place.tp.size == pipeline.placement.parts == 1:
+        working += moment + logits  # of an evaluation, which gets no memory of a recorded step
     if zero.deterministic:  # sums of 1, 2, 4, ... micro-batches
         working += reduce * owned * here.bit_length()
-    if config.parallel.graphs and place.tp.size == pipeline.placement.parts == 1:
-        working += logits  # of an evaluation, which gets no memory of a recorded step
     return Estimate(
         weights,
         0 if config.compute_dtype == config.train.dtype else master * owned,

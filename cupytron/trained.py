@@ -12,6 +12,7 @@ from cupytron.config import RunConfig, load_config
 from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
+from cupytron.memory import explained
 from cupytron.mesh_run import open_data
 from cupytron.model import Transformer
 from cupytron.parallel.pipeline import Pipeline
@@ -72,7 +73,7 @@ class TrainedModel:
         if not ids and separator is not None:
             ids = [separator]  # a document begins here
         decoder = tokenizer.stream()
-        for token in generate(
+        tokens = generate(
             self.model,
             ids,
             max_new_tokens,
@@ -85,9 +86,11 @@ class TrainedModel:
             vocab_size=tokenizer.vocab_size,
             tp=self.context.tp,
             pipeline=self.pipeline,
-        ):
-            if text := decoder.push(token):
-                yield text
+        )
+        with _explained(self.config, self.context, sequences=1):
+            for token in tokens:
+                if text := decoder.push(token):
+                    yield text
         if text := decoder.finish():
             yield text
 
@@ -134,7 +137,8 @@ class TrainedModel:
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
         noted = _noted(batches, self.step, note)
-        total, counted = evaluate(self.pipeline, noted, self.context.dp)
+        with _explained(self.config, self.context, train.micro_batch):
+            total, counted = evaluate(self.pipeline, noted, self.context.dp)
         loss, num_bytes = total / counted, _predicted_bytes(dataset)
         return {
             "val_loss": loss,
@@ -199,10 +203,22 @@ def load(
     _, shards = build(config, config.model, context, training=False)
     # a CPU has no use for 16 bits
     compute_dtype = config.compute_dtype if context.device.gpu else config.train.dtype
-    shards.materialize(None, config.train.dtype, compute_dtype=named_dtype(compute_dtype))
-    load_buckets(found, shards, ("weight",), complete=False)
+    with _explained(config, context, sequences=1):
+        shards.materialize(None, config.train.dtype, compute_dtype=named_dtype(compute_dtype))
+        load_buckets(found, shards, ("weight",), complete=False)
     tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
     return TrainedModel(config, shards.pipeline, tokenizer, found.step, context)
+
+
+def _explained(
+    config: RunConfig, context: ParallelContext, sequences: int
+) -> contextlib.AbstractContextManager[None]:
+    """Say what does not fit a GPU that runs so many sequences at once."""
+    train = config.train.model_copy(
+        update={"micro_batch": sequences, "global_batch": sequences * context.sizes["dp"]}
+    )
+    alone = config.model_copy(update={"train": train})
+    return explained(alone, config.model, context, training=False)
 
 
 def _tokenizer(folder: RunFolder, expected: str | None) -> Tokenizer | None:

@@ -92,16 +92,18 @@ class Kept:
         return self.each * self.tokens * (rows.stop - rows.start)
 
     def for_a_moment(self, model: Any) -> int:
-        """In the dearest layer's backward, roughly: gradients, and a block that is run again."""
-        blocks = list(model.blocks.values())
-        layers = [layer for block in blocks for _, layer in block.named_layers()]
+        """In the dearest block while it runs, roughly: arrays inside of it, and of the residual stream."""
+        layers = [layer for block in model.blocks.values() for _, layer in block.named_layers()]
         inside = [2 * x.qkv.weight.local_shape[1] for x in layers if isinstance(x, Attention)]
         inside += [3 * _inner(x) for x in layers if isinstance(x, MLP | SwiGLU)]
-        gradients = 3 * self.outside * self.width + self.tokens * max(inside, default=0)
-        again = 0
-        if blocks and model.config.recompute == "block":
-            again = sum(self._until_backward(x) for _, x in blocks[0].named_layers())
-        return self.each * gradients + again
+        return self.each * (3 * self.outside * self.width + self.tokens * max(inside, default=0))
+
+    def again(self, model: Any) -> int:
+        """In the backward of a block that is run again: what it keeps then."""
+        if model.config.recompute != "block" or not model.blocks:
+            return 0
+        first = next(iter(model.blocks.values()))
+        return sum(self._until_backward(layer) for _, layer in first.named_layers())
 
 
 def _inner(mlp: Any) -> int:
