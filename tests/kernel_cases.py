@@ -204,17 +204,20 @@ def _where(found: Any, wanted: np.ndarray, mask: np.ndarray) -> float:
 
 
 def swiglu(cupy: Any, dtype: Any, sizes: Sizes) -> Errors:
-    """Two arrays of their own, and the two halves of one."""
+    """Two arrays of their own, the two halves of one, and of one whose rows are longer still."""
     inputs = Inputs(cupy, dtype, sizes)
-    both, exact = inputs.normal(sizes.tokens, 2 * sizes.width)
+    wide, exact = inputs.normal(sizes.tokens, 2 * sizes.width + 1)
+    both = cupy.ascontiguousarray(wide[:, :-1])
     dy, exact_dy = inputs.normal(sizes.tokens, sizes.width)
-    halves = both[:, : sizes.width], both[:, sizes.width :]
-    exact_halves = exact[:, : sizes.width].copy(), exact[:, sizes.width :].copy()
+    halves, parts = (
+        (x[:, : sizes.width], x[:, sizes.width : 2 * sizes.width]) for x in (both, wide)
+    )
+    exact_halves = exact[:, : sizes.width].copy(), exact[:, sizes.width : -1].copy()
     own = [inputs.put(half.astype(dtype)) for half in exact_halves]
     y = reference("swiglu", *exact_halves)
     dgate, dup = reference("swiglu_backward", exact_dy, *exact_halves)
     errors = {}
-    for name, (gate, up) in (("", own), (", halves", halves)):
+    for name, (gate, up) in (("", own), (", halves", halves), (", parts", parts)):
         errors[f"y{name}"] = relative_error(activation.swiglu(gate, up), y)
         found = activation.swiglu_backward(dy, gate, up)
         errors[f"dgate{name}"] = relative_error(found[0], dgate)
@@ -254,6 +257,10 @@ def rotate(cupy: Any, dtype: Any, sizes: Sizes) -> Errors:
     reference("rotary", exact, exact_cos, exact_sin)
     rotary.rotary(plain, cos, sin)
     errors["x, one dim of heads"] = relative_error(plain, exact)
+    padded, exact = inputs.normal(sizes.batch, sizes.length, 2, sizes.head_size + 1)
+    reference("rotary", exact[..., :-1], exact_cos, exact_sin)
+    rotary.rotary(padded[..., :-1], cos, sin)
+    errors["x, odd strides"] = relative_error(padded, exact)
     single, exact = inputs.normal(sizes.batch, sizes.length, sizes.head_size)
     reference("rotary", exact, exact_cos, exact_sin)
     rotary.rotary(single, cos, sin)
