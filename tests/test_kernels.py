@@ -42,8 +42,13 @@ def test_wide_accesses(cupy, case, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_odd_shapes_and_unaligned_arrays(cupy, case, dtype):
+def test_odd_shapes(cupy, case, dtype):
     hold(cupy, case, dtype, ODD)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unaligned_arrays_of_an_even_width(cupy, case):
+    hold(cupy, case, "float32", Sizes(3, 16, rows=8, shift=1))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,19 +18,19 @@ __device__ inline A inverse(A x) {
 
 __device__ inline A sigmoid(A x) { return inverse(1 + exp_of(-x)); }
 
-// x/2 (1 + tanh(u)) = x sigmoid(2u), u = SCALE (x + CUBIC x^3): no cancellation where tanh is near -1
+// x/2 (1 + tanh(u)) = x cdf, cdf = sigmoid(2u), u = SCALE (x + CUBIC x^3): nothing cancels where x < 0
 struct Gelu {
     static constexpr A SCALE = 0.79788456080286535588, CUBIC = 0.044715;  // sqrt(2 / pi)
 
-    // of x within bounds, beyond which it is 0 or 1: x^3 would overflow
-    __device__ static A bounded(A x) { return x < -16 ? A(-16) : x > 16 ? A(16) : x; }
-    __device__ static A cdf(A x) { return sigmoid(2 * SCALE * x * (1 + CUBIC * x * x)); }
+    // x within bounds beyond which cdf is 0 or 1: x^3 would overflow
+    __device__ static A bounded(A x, A most) { return x < -most ? -most : x > most ? most : x; }
+    __device__ static A twice_u(A x) { return 2 * SCALE * x * (1 + CUBIC * x * x); }
 
-    __device__ static A value(A x) { return x * cdf(bounded(x)); }
+    __device__ static A value(A x) { return x * sigmoid(twice_u(bounded(x, 16))); }
     __device__ static A slope(A x) {
-        x = bounded(x);
-        A c = cdf(x);
-        return c + c * (1 - c) * 2 * SCALE * x * (1 + 3 * CUBIC * x * x);
+        x = bounded(x, 10);  // exp(-2u) is finite there, and makes 1 - cdf without cancellation
+        A e = exp_of(-twice_u(x)), cdf = inverse(1 + e);
+        return cdf + cdf * (e * cdf) * 2 * SCALE * x * (1 + 3 * CUBIC * x * x);
     }
 };
 
