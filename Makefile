@@ -15,7 +15,8 @@ help:
 	@echo "make lint        style; make typecheck: types"
 	@echo "make bench       speed and memory against PyTorch (installs PyTorch, 20 minutes)"
 	@echo "make acceptance  every promise of this version that this machine can check (two hours)"
-	@echo "make gpu-check   the checks that need a GPU (none in this version)"
+	@echo "make gpu-check   everything that has to be checked on a GPU (5 minutes; installs CUDA libraries)"
+	@echo "make gpu-bench CASE=gpt2-124m   speed and memory on a GPU against PyTorch (9 minutes; docs/gpu.md)"
 
 .venv/base: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -72,8 +73,25 @@ bench: .venv/torch
 test-mpi-%: .venv/dev
 	$(BIN)/python tests/launchers.py $*
 
-gpu-check gpu-bench:
-	@echo "this version runs on the CPU; $@ comes with the GPU backend" && exit 1
+# CUDA=cuda12 for drivers of CUDA 12. GPU_PYTHON=python3: an interpreter that has everything already, on a
+# machine without an index; nothing is installed then. The record goes to OUT.
+CUDA ?= cuda13
+GPU_PYTHON ?= $(BIN)/python
+OUT ?= benchmarks/results
+
+# one environment can have one CuPy only, and the tests bring the one for CUDA 13
+.venv/gpu: .venv/dev
+	@test $(CUDA) = cuda13 || $(BIN)/python -m pip uninstall --quiet --yes cupy-cuda13x
+	@echo "installing CuPy and CUDA libraries into .venv (1.4 GB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(CUDA),mpich]'
+	@touch $@
+
+gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/gpu)
+	$(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+gpu-bench: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/gpu .venv/torch)
+	@test -n "$(CASE)" || { echo "error: which case? make gpu-bench CASE=gpt2-124m (docs/gpu.md lists them)"; exit 1; }
+	$(GPU_PYTHON) benchmarks/gpu_bench.py $(CASE) --out $(OUT)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -318,7 +318,21 @@ class Graph:
         """Start again: what is recorded does not fit any more."""
         self._runs = 0
         self._graph: Any = None
-        self.pool = self.device.xp.cuda.MemoryPool()
+        self._ran_short = False
+        self.pool = self.device.xp.cuda.MemoryPool(self._more)
+
+    def _more(self, size: int) -> Any:
+        """Memory for the pool, from CUDA; notes where there is none.
+
+        A pool that gets none gives back all that is free and asks again. What is free may be what the
+        recording under way has used.
+        """
+        memory = self.device.xp.cuda.memory
+        try:
+            return memory.MemoryPointer(memory.Memory(size), 0)
+        except Exception:
+            self._ran_short = True
+            raise
 
     def run(self, work: Callable[[], None]) -> None:
         """Run the work, by itself or as a replay."""
@@ -339,24 +353,27 @@ class Graph:
 
     def _record(self, work: Callable[[], None]) -> None:
         stream = self.device.stream
+        self._ran_short = False
         with self._allocating():
             stream.begin_capture()
             try:
                 work()
-            except (
-                Exception
-            ) as error:  # whatever a library says of an operation that it cannot record
-                self._give_up(error)
+            # whatever a library says of an operation that it cannot record
+            except Exception as error:
+                with contextlib.suppress(Exception):  # the capture is invalid, and says so
+                    stream.end_capture()
+                self._give_up(f"{type(error).__name__}: {error}")
                 return
             self._graph = stream.end_capture()
+        if self._ran_short:
+            self._graph = None
+            self._give_up("there is too little memory for a pool of its own")
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, why: str) -> None:
         self.usable = False
         self.pool = self.device.xp.cuda.MemoryPool()  # lets go of what the recording has taken
-        with contextlib.suppress(Exception):  # the capture has been invalidated, and says so
-            self.device.stream.end_capture()
         warnings.warn(
-            f"CUDA graphs are off: a step cannot be recorded ({type(error).__name__}: {error}); "
+            f"CUDA graphs are off: a step cannot be recorded ({why}); "
             "it runs kernel by kernel, which is slower for small models",
             RuntimeWarning,
             stacklevel=2,

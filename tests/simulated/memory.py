@@ -51,7 +51,7 @@ class Memory:
 class MemoryPointer:
     """An address within an allocation."""
 
-    def __init__(self, mem: Memory, offset: int) -> None:
+    def __init__(self, mem: Any, offset: int) -> None:
         self.mem, self.offset = mem, offset
         self.ptr = mem.ptr + offset if mem.ptr else 0
 
@@ -110,10 +110,22 @@ class MemoryPointer:
     copy_from_device = copy_from_device_async
 
 
+class DeviceMemory:
+    """`cupy.cuda.memory.Memory`: bytes of the device that no pool has taken, if there are so many."""
+
+    def __init__(self, size: int) -> None:
+        simulation = state.sim()
+        limit = simulation.memory_limit
+        if limit is not None and simulation.device_bytes + size > limit:
+            raise OutOfMemoryError(size, simulation.device_bytes, limit)
+        self.size, self.ptr = size, 0  # a promise: the pool makes the block
+
+
 class MemoryPool:
     """Blocks of the same rounded size are handed out again, on the stream for which they were made."""
 
     def __init__(self, allocator: Any = None) -> None:
+        self._allocator = allocator or (lambda size: DeviceMemory(size))
         self._free: dict[tuple[int, int], list[Block]] = {}
         self._used = self._held = self._limit = 0
         self._lock = threading.RLock()
@@ -141,8 +153,11 @@ class MemoryPool:
 
         for attempt in range(2):
             pool_full = self._limit and self._held + size > self._limit
-            limit = simulation.memory_limit
-            device_full = limit is not None and simulation.device_bytes + size > limit
+            try:
+                self._allocator(size)
+                device_full = False
+            except OutOfMemoryError:
+                device_full = True
             if not pool_full and not device_full:
                 streams.refuse_growth()
                 self._held += size

@@ -62,6 +62,7 @@ def build(simulation: state.Simulation) -> dict[str, ModuleType]:
     make("cupy.cuda.device").Device = device.Device
     _fill(make("cupy.cuda.memory"), memory, "MemoryPointer MemoryPool OutOfMemoryError alloc "
           "set_allocator get_allocator using_allocator")  # fmt: skip
+    made["cupy.cuda.memory"].Memory = memory.DeviceMemory
     _fill(make("cupy.cuda.pinned_memory"), memory, "PinnedMemoryPointer PinnedMemoryPool "
           "alloc_pinned_memory")  # fmt: skip
     _fill(make("cupy.cuda.stream"), streams, "Stream ExternalStream Event get_current_stream "
