@@ -139,6 +139,9 @@ def gpu(log: Log) -> None:
     pytest(log, "tests/test_gpu_model.py", "tests/test_gpu_observed.py", "tests/test_precision.py")
     pytest(log, "tests/test_comm_gpu.py", "tests/test_device.py", "tests/test_imports.py")
     pytest(log, "tests/test_gpu_benchmarks.py", "tests/test_memory.py")
+    with tempfile.TemporaryDirectory() as folder:
+        out = log.run(BIN / "python", "benchmarks/gpu_check.py", "--simulated", "--out", folder)
+        hold(" 0 failed" in out, f"gpu-check on the simulated GPU: {out.splitlines()[-1]}", log)
 
 
 def slower(log: Log) -> None:
