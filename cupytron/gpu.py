@@ -9,19 +9,18 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from cupytron import ops
 from cupytron.backend import CPU, Device
 from cupytron.errors import CupytronError
-from cupytron.launcher import local_rank, local_ranks
+from cupytron.launcher import local_rank
 
-_INSTALL = "pip install 'cupytron[cuda13]', or [cuda12] for drivers of CUDA 12"
+INSTALL = "pip install 'cupytron[cuda13]', or [cuda12] for drivers of CUDA 12"
 
 
 class GPU(Device):
     """One GPU, with a stream on which this thread's work runs in order.
 
     Attributes:
-        number: as CUDA counts. shared: whether other ranks of this node use it, too.
+        number: as CUDA counts.
         stream: of this rank's computation: the thread's current one, unless that is a default stream.
         graphs: recorded work that is in use (gpu_step.Graph), with memory pools of its own.
         compute_dtype: None, or what layers compute in, for what is chosen by it.
@@ -29,9 +28,9 @@ class GPU(Device):
 
     gpu = True
 
-    def __init__(self, cupy: Any, number: int, shared: bool) -> None:
+    def __init__(self, cupy: Any, number: int) -> None:
         self.xp = cupy
-        self.number, self.shared = number, shared
+        self.number = number
         cupy.cuda.Device(number).use()
         properties = cupy.cuda.runtime.getDeviceProperties(number)
         self.model = properties["name"].decode()
@@ -88,6 +87,11 @@ def present() -> bool:
     return importlib.util.find_spec("cupy") is not None and _count_by_driver() > 0
 
 
+def idle(wish: str) -> bool:
+    """Whether a GPU is there that "auto" cannot use, since there is no CuPy."""
+    return wish == "auto" and importlib.util.find_spec("cupy") is None and _count_by_driver() > 0
+
+
 def _count_by_driver() -> int:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -116,11 +120,10 @@ def open_device(wish: str = "auto", config: Any = None) -> Device:
         # would hold back the send that it waits for
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if wish == "cpu" or (wish == "auto" and not present()):
-        ops.use(None)
         return CPU
     cupy, count = _import(wish)
     rank = local_rank()
-    device = GPU(cupy, rank % count, shared=local_ranks() > count)
+    device = GPU(cupy, rank % count)
     from cupytron import kernels
 
     kernels.install(config)
@@ -134,19 +137,19 @@ def _import(wish: str) -> tuple[Any, int]:
         import cupy
     except ImportError as error:
         raise CupytronError(
-            f"{ask}: CuPy cannot be imported ({error}); {_INSTALL}, or use --device cpu"
+            f"{ask}: CuPy cannot be imported ({error}); {INSTALL}, or use --device cpu"
         ) from None
     try:
         count = int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:  # CuPy's own class for each library, none of them public
         raise CupytronError(
             f"{ask}: CUDA cannot be used ({error}); install NVIDIA's driver and the CuPy that fits it: "
-            f"{_INSTALL}, or use --device cpu"
+            f"{INSTALL}, or use --device cpu"
         ) from None
     if count == 0:
         raise CupytronError(f"{ask}: the driver shows no GPU; use --device cpu")
     if tuple(map(int, cupy.__version__.split(".")[:2])) < (14, 2):
         raise CupytronError(
-            f"{ask}: CuPy {cupy.__version__} is too old, bfloat16 needs 14.2; {_INSTALL}"
+            f"{ask}: CuPy {cupy.__version__} is too old, bfloat16 needs 14.2; {INSTALL}"
         )
     return cupy, count

@@ -15,6 +15,7 @@ import numpy as np
 from cupytron.config import RunConfig
 from cupytron.kernels import optimizer as update
 from cupytron.kernels.optimizer import Control
+from cupytron.kernels.sums import sum_rows
 from cupytron.parallel.pipeline import Work
 from cupytron.parallel.zero import Zero
 from cupytron.stash import MicroBatch
@@ -226,7 +227,7 @@ class GPUStep:
         sums = xp.zeros(len(self._parts))  # a concatenation could not be recorded
         for i, (bucket, part) in enumerate(self._parts):
             sums[i : i + 1] = update.squares(bucket.gradient[part], 1)
-        total = sums.sum(keepdims=True)
+        total = sum_rows(sums[:, None])
         if self.zero.stage >= 1:
             context.dp.all_reduce(total)
         context.tp.all_reduce(total)
@@ -244,8 +245,11 @@ class GPUStep:
         done = self.device.xp.cuda.Event(disable_timing=True)
         done.record()
 
+        slot = self._ring[(self._started - 1) % _SLOTS]
+
         def wait() -> Numbers:
             done.synchronize()
+            slot.busy = False
             return Numbers(
                 float(host[Control.LOSS]),
                 float(host[Control.NORM]),
@@ -292,11 +296,15 @@ class _Slot:
         self.integers = self._pinned(0, np.int64)
         self.floats = self._pinned(2, np.float64)
         self.sent = cupy.cuda.Event(disable_timing=True)
+        self.busy = False  # until the step's numbers have come, which are sent after it
 
     def make_room(self, count: int) -> None:
         """Wait until the last copy from here is done; have room for so many integers."""
-        if not self.sent.done:  # the GPU is more than _SLOTS - 1 steps behind
+        if (
+            self.busy
+        ):  # the host is more than _SLOTS - 1 steps ahead, and has asked for none of them
             self.sent.synchronize()
+        self.busy = True
         if len(self.integers) < count:
             self.integers = self._pinned(count, np.int64)
 
@@ -364,7 +372,11 @@ class Graph:
                     stream.end_capture()
                 self._give_up(f"{type(error).__name__}: {error}")
                 return
-            self._graph = stream.end_capture()
+            try:
+                self._graph = stream.end_capture()
+            except Exception as error:
+                self._give_up(f"{type(error).__name__}: {error}")
+                return
         if self._ran_short:
             self._graph = None
             self._give_up("there is too little memory for a pool of its own")

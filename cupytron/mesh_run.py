@@ -9,12 +9,13 @@ from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig
 from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError, CupytronError
-from cupytron.gpu import open_device
+from cupytron.gpu import INSTALL, idle, open_device
 from cupytron.kernels import candidates
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.parallel import checker, schedules
 from cupytron.watchdog import Watchdog
 
+LARGEST_HEAD = 256  # features, of kernels/attention.cu and of cuDNN
 MOST_SHOWN = 16  # ranks whose GPU is named at the start
 
 
@@ -74,6 +75,8 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
     """
     parallel, world = config.parallel, world or SelfCommunicator()
     device = open_device(parallel.device, config)
+    if device.gpu:
+        check_gpu(config)
     places = world.gather_objects(device.name)
     with_gpu = [place != CPU.name for place in places]
     if any(with_gpu) and not all(with_gpu):
@@ -93,6 +96,29 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
         context.connect()
     context.tuner = candidates.start(config, context.world, device)
     return context
+
+
+def check_gpu(config: RunConfig, training: bool = True) -> None:
+    """Refuse what a CPU can do, and the kernels of a GPU cannot.
+
+    Raises:
+        ConfigError: a line for everything.
+    """
+    dtype, compute, reduce = config.train.dtype, config.compute_dtype, config.reduce_dtype
+    wide = "float64" if compute == "float64" else "float32"
+    lines = []
+    if training and (dtype, reduce) != (wide, wide):
+        lines.append(
+            f"train.compute_dtype={compute}: on a GPU train.dtype={dtype} and train.reduce_dtype={reduce} "
+            f"have to be {wide} with it; set them, or use --device cpu"
+        )
+    if config.model.head_size > LARGEST_HEAD:
+        lines.append(
+            f"model.num_heads={config.model.num_heads}: a head of {config.model.head_size} features is "
+            f"larger than the {LARGEST_HEAD} that kernels take; use more heads, or --device cpu"
+        )
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def watchdog(world: Communicator, timeout: float, mesh: ParallelContext | None = None) -> Watchdog:
@@ -130,6 +156,8 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
     size, sizes, parallel = context.world.size, context.sizes, config.parallel
     if context.device.gpu:
         yield from _describe_gpu(config, context.device, size)
+    elif idle(parallel.device):
+        yield f"warning: there is a GPU, but no CuPy, so a CPU is used; {INSTALL}"
     if size == 1:
         return
     sp = ", sequence parallel" if parallel.sp and sizes["tp"] > 1 else ""

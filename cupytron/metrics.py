@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, progress on the terminal, arithmetic per second and beside the peak."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -168,7 +169,12 @@ class MetricsWriter:
         self._flushed = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no infinity and no NaN
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
         if time.monotonic() - self._flushed > 1:
             self.flush()
 

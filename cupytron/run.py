@@ -337,6 +337,13 @@ class _Run:
             **self.speed.mfu(rate),
             "elapsed_seconds": self.elapsed,
         }
+        if self.config.compute_dtype == "float16":
+            record["loss_scale"] = result.loss_scale
+        if result.skipped:
+            self.progress.line(
+                f"step {step}: float16 gradients overflowed, nothing was updated; the loss scale is now "
+                f"{result.loss_scale:g}"
+            )
         self._record(record)
         train = self.config.train
         if step % train.log_interval == 0 or step in (1, train.max_steps):

@@ -8,12 +8,12 @@ from typing import Any
 
 from cupytron.backend import named_dtype
 from cupytron.comm import ParallelContext
-from cupytron.config import RunConfig, load_config
+from cupytron.config import ParallelConfig, RunConfig, load_config
 from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
 from cupytron.memory import explained
-from cupytron.mesh_run import open_data
+from cupytron.mesh_run import check_gpu, open_data, open_mesh
 from cupytron.model import Transformer
 from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
@@ -169,6 +169,7 @@ def load(
     warn: Callable[[str], None] = lambda text: None,
     context: ParallelContext | None = None,
     zero: int = 0,
+    device: str = "auto",
 ) -> TrainedModel:
     """A trained model from a run's folder, whatever mesh it was trained on.
 
@@ -179,6 +180,7 @@ def load(
         context: the mesh that the model is to run on; None: this process alone. All of its ranks call
             this, and then the model's methods, together.
         zero: 3 spreads the weights over the replicas, and gathers them layer by layer.
+        device: "cpu", "cuda" or "auto", for this process alone; a context has its own.
 
     Raises:
         CupytronError: no such run or checkpoint, or a damaged one.
@@ -197,7 +199,11 @@ def load(
         if (path := load_config(file=folder.config).data.path) is not None:
             data = config.data.model_copy(update={"path": path})
             config = config.model_copy(update={"data": data})
-    context = context or ParallelContext()
+    if context is None:
+        alone = ParallelConfig.model_validate({"device": device})
+        context = open_mesh(RunConfig(parallel=alone))
+    if context.device.gpu:
+        check_gpu(config, training=False)
     parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
     config = config.model_copy(update={"parallel": parallel})
     _, shards = build(config, config.model, context, training=False)

@@ -20,11 +20,16 @@ from cupytron.parallel.zero import Zero
 
 
 class StepResult(NamedTuple):
-    """What a step tells: mean loss before the update, gradient norm before clipping, learning rate."""
+    """What a step tells: mean loss before the update, gradient norm before clipping, learning rate.
+
+    skipped: float16 gradients overflowed, and nothing was updated. loss_scale: of the next step.
+    """
 
     loss: float
     grad_norm: float
     lr: float
+    skipped: bool = False
+    loss_scale: float = 1.0
 
 
 class NotFinite(CupytronError):
@@ -110,7 +115,8 @@ class Trainer:
         if self._gpu is None:
             loss = self.compute_gradients(inputs, targets)
             norm, lr = self.apply_gradients(loss)
-            return lambda: StepResult(loss, norm, lr)
+            result_here = StepResult(loss, norm, lr, not math.isfinite(norm), self.loss_scale.value)
+            return lambda: result_here
         if not self._tuned:
             self._tuned = True
             if self.context.tuner is not None:
@@ -129,9 +135,10 @@ class Trainer:
 
         def result() -> StepResult:
             found = numbers()
-            if found.failed or self._hopeless(found.norm, found.loss_scale):
+            if found.failed:
                 raise _not_finite(number, found.loss, found.norm)
-            return StepResult(found.loss, found.norm, lr)
+            skipped = not math.isfinite(found.norm)
+            return StepResult(found.loss, found.norm, lr, skipped, found.loss_scale)
 
         return result
 
@@ -176,10 +183,15 @@ class Trainer:
         Returns: the norm of the gradient before clipping, and the learning rate.
         """
         if self._gpu is not None:
-            return self._start_update()()[1:]
+            found = self._start_update()()
+            return found.grad_norm, found.lr
         norm = self.zero.global_norm() / self.loss_scale.value
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite, scaling = math.isfinite(norm), self.loss_scale.value > 1
         lr = self._lr
+        if not math.isfinite(loss) or not (finite or scaling):
+            # a smaller scale mends gradients that overflow, not the loss, which has none
+            self.zero.clear_gradients()
+            raise _not_finite(self.step + 1, loss, norm)
         if finite:
             clip = self.config.optim.clip
             scale = clip / norm if clip and norm > clip else 1.0
@@ -187,17 +199,9 @@ class Trainer:
             self.updates += 1
         else:
             self.zero.clear_gradients()
-            if not self.loss_scale.dynamic:
-                raise _not_finite(self.step + 1, loss, norm)
         self.loss_scale.note(finite)
-        if self._hopeless(norm, self.loss_scale.value):
-            raise _not_finite(self.step + 1, loss, norm)
         self._count_step()
         return norm, lr
-
-    def _hopeless(self, norm: float, scale: float) -> bool:
-        """Whether gradients overflow although the loss is not scaled any more."""
-        return self.loss_scale.dynamic and scale == 1.0 and not math.isfinite(norm)
 
     def _count_step(self) -> None:
         self.step += 1
@@ -205,23 +209,23 @@ class Trainer:
 
     def counters(self) -> dict[str, float]:
         """Numbers of the optimizer that a checkpoint keeps beside its arrays."""
-        if self._gpu is not None:
-            return self._gpu.read()
         scale = self.loss_scale
-        return {
-            "updates": self.updates,
-            "loss_scale": scale.value,
-            "good_steps": scale.good_steps,
-        }
+        found = (
+            {"updates": self.updates, "loss_scale": scale.value, "good_steps": scale.good_steps}
+            if self._gpu is None
+            else self._gpu.read()
+        )
+        # a run without a loss scale knows none that a later one could begin with
+        return found if scale.dynamic else {"updates": found["updates"]}
 
     def restore(self, step: int, position: int, counters: dict[str, float] | None = None) -> None:
         """Go on after a step, from that place in the sample order, with a checkpoint's counters."""
         self.step, self.position = step, position
-        found = counters or {"updates": step, "loss_scale": self.loss_scale.value, "good_steps": 0}
+        scale = self.loss_scale
+        found = {"updates": step, "loss_scale": scale.value, "good_steps": 0, **(counters or {})}
         self.updates = int(found["updates"])
-        if self.loss_scale.dynamic:
-            self.loss_scale.value = found["loss_scale"]
-            self.loss_scale.good_steps = int(found["good_steps"])
+        if scale.dynamic:
+            scale.value, scale.good_steps = found["loss_scale"], int(found["good_steps"])
         if self._gpu is not None:
             self._gpu.write(found)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from simulated_libraries import simulated_libraries
 
 from cupytron import kernels, mesh_run, ops, verify
 from cupytron.config import load_config
+from cupytron.errors import ConfigError
 from cupytron.gpu_step import WARMUP
 from cupytron.kernels.optimizer import Control
 from cupytron.run import train
@@ -117,12 +119,14 @@ def test_other_models(cupy, more):
 @pytest.mark.parametrize("graphs", ["true", "false"])
 def test_a_step_waits_for_nothing(cupy, graphs):
     trainer = trainer_of(settings("train.compute_dtype=bfloat16", f"parallel.graphs={graphs}"))
-    pending = [trainer.start_step(*batch(0))]  # makes tables and plans
-    before = cupy.sim.synchronisations
-    for step in range(1, 6):
-        pending.append(trainer.start_step(*batch(step)))
-    assert cupy.sim.synchronisations == before
-    assert all(np.isfinite(numbers().loss) for numbers in pending)
+    trainer.train_step(*batch(0))  # makes tables and plans
+    heard = trainer.start_step(*batch(1))
+    for step in range(2, 8):
+        before = cupy.sim.synchronisations
+        started = trainer.start_step(*batch(step))
+        assert cupy.sim.synchronisations == before
+        assert np.isfinite(heard().loss)  # of the step before: a run is one step ahead
+        heard = started
 
 
 def test_a_replay_gives_the_bits_of_eager_steps(cupy):
@@ -183,10 +187,69 @@ def test_an_overflow_is_skipped_on_the_device(cupy):
 
 
 def test_overflow_without_a_scale_ends_the_run(cupy):
-    trainer = trainer_of(settings("train.compute_dtype=float16", "train.loss_scale=2"))
-    trainer.zero.buckets[0].grad[3] = np.inf
+    for scale in (1, 2):
+        more = ["train.compute_dtype=float16", f"train.loss_scale={scale}"]
+        trainer = trainer_of(settings(*more))
+        before = weights(trainer)
+        trainer.zero.buckets[0].grad[3] = np.inf
+        first, second = trainer.start_step(*batch(0)), trainer.start_step(*batch(1))
+        if scale == 1:
+            with pytest.raises(NotFinite, match="step 1"):
+                first()
+            assert all((weights(trainer)[name] == values).all() for name, values in before.items())
+        else:
+            assert first().skipped and not second().skipped
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(cupy):
+    trainer = trainer_of(settings("train.compute_dtype=float16"))
+    for bucket in trainer.zero.buckets:
+        bucket.weights[:] = np.nan
+        bucket.refresh()
     with pytest.raises(NotFinite, match="step 1"):
         trainer.train_step(*batch(0))
+    assert trainer.counters()["loss_scale"] == 65536
+
+
+def test_a_recording_that_is_refused_at_its_end(cupy, monkeypatch):
+    want = steps(trainer_of(settings()), 4)
+    trainer = trainer_of(settings())
+
+    def refused(self):
+        original(self)
+        raise RuntimeError("cudaErrorStreamCaptureUnjoined")
+
+    original = cupy.cuda.Stream.end_capture
+    monkeypatch.setattr(cupy.cuda.Stream, "end_capture", refused)
+    with pytest.warns(RuntimeWarning, match="CUDA graphs are off: .*Unjoined"):
+        got = steps(trainer, 4)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["train.dtype=float64", "train.compute_dtype=bfloat16"], "train.dtype=float64"),
+        (["train.reduce_dtype=float64"], "train.reduce_dtype=float64"),
+        (["train.dtype=float64", "train.reduce_dtype=float32"], "have to be float64"),
+        (["model.d_model=260", "model.num_heads=1"], "a head of 260 features"),
+    ],
+)
+def test_what_no_kernel_can_do_is_refused_before_anything_is_made(cupy, more, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        mesh_run.open_mesh(settings(*more))
+
+
+def test_models_on_both_devices_in_one_process(cupy):
+    """In turn, and neither gets the other's functions."""
+    want = steps(trainer_of(settings(device="cpu")), 3)
+    on_gpu, on_cpu = trainer_of(settings()), trainer_of(settings(device="cpu"))
+    cupy.sim.clear()
+    for i in range(3):
+        here, there = on_cpu.train_step(*batch(i)), on_gpu.train_step(*batch(i))
+        np.testing.assert_array_equal(here[:2], want[i])
+        np.testing.assert_allclose(there[:2], want[i], rtol=1e-5)
+    assert ("launch", "add_layer_norm") in {(kind, name) for kind, name, _ in cupy.sim.log}
 
 
 def test_nothing_is_updated_after_a_step_that_is_not_finite(cupy):

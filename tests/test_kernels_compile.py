@@ -22,7 +22,8 @@ DEFINES = {
         {"TEAM": 128, "PACKS": 2},
         {"TEAM": 1024, "PACKS": 4},
         {"TEAM": 1024, "PACKS": 0},
-    ]
+    ],
+    "attention": [{"CHUNKS": 2}, {"CHUNKS": 4}],
 }
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from runs import make_data, run_here
 
-from cupytron import ops
+from cupytron import ops, verify
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config
 from cupytron.errors import ConfigError
@@ -169,10 +169,37 @@ def test_bfloat16_has_no_loss_scale_and_stops(monkeypatch):
 
 def test_overflow_without_a_scale_ends_the_run(monkeypatch):
     poisoned(monkeypatch, at=0)
-    trainer = Trainer(settings("train.compute_dtype=float16", "train.loss_scale=2"))
+    trainer = Trainer(settings("train.compute_dtype=float16", "train.loss_scale=1"))
     trainer.materialize()
     with pytest.raises(NotFinite, match="step 1"):
         trainer.train_step(*batch())
+    poisoned(monkeypatch, at=0)
+    trainer = Trainer(settings("train.compute_dtype=float16", "train.loss_scale=2"))
+    trainer.materialize()
+    assert trainer.train_step(*batch()).skipped
+    assert not trainer.train_step(*batch()).skipped
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(monkeypatch):
+    """No scale of the loss can mend it: the run has to end before it saves broken weights."""
+    trainer = Trainer(settings("train.compute_dtype=float16"))
+    trainer.materialize()
+    for bucket in trainer.zero.buckets:
+        bucket.weights[:] = np.nan
+        bucket.refresh()
+    with np.errstate(all="ignore"), pytest.raises(NotFinite, match="step 1"):
+        trainer.train_step(*batch())
+    assert trainer.loss_scale.value == 65536
+
+
+def test_another_dtype_goes_on_with_its_own_loss_scale():
+    trainer = Trainer(settings("train.compute_dtype=bfloat16"))
+    assert trainer.counters() == {"updates": 0}
+    other = Trainer(settings("train.compute_dtype=float16", "train.loss_scale=512"))
+    other.restore(3, 24, {"updates": 3})
+    assert other.counters() == {"updates": 3, "loss_scale": 512.0, "good_steps": 0}
+    trainer.restore(3, 24, {"updates": 2, "loss_scale": 4.0, "good_steps": 7})
+    assert trainer.counters() == {"updates": 2}
 
 
 def test_the_loss_scale_grows():
@@ -259,3 +286,9 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path, dtype):
     model = load(tmp_path / "whole")
     assert model.model.norm.weight.data.dtype == np.float32
     assert len(model.generate("the ", 20)) > 0
+
+
+def test_verify_refuses_16_bits():
+    config = settings("train.compute_dtype=bfloat16", "parallel.tp=2", "parallel.dp=1")
+    with pytest.raises(ConfigError, match="it is rounded otherwise on each mesh"):
+        verify.run(config)

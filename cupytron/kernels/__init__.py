@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from cupytron import ops
 
 
@@ -50,7 +52,19 @@ def table() -> dict[str, Any]:
         for name, function in vars(module).items()
         if name in ops.REFERENCE and function.__module__ == module.__name__
     }
-    return {**found, **_attention()}
+    table = {**found, **_attention()}
+    return {name: _of_either(kernel, ops.REFERENCE[name]) for name, kernel in table.items()}
+
+
+def _of_either(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel for arrays of a GPU; a process may have models on both."""
+
+    @functools.wraps(kernel)
+    def function(first: Any, *others: Any, **named: Any) -> Any:
+        chosen = reference if isinstance(first, np.ndarray) else kernel
+        return chosen(first, *others, **named)
+
+    return function
 
 
 def _attention() -> dict[str, Callable[..., Any]]:

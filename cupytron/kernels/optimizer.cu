@@ -56,16 +56,18 @@ extern "C" __global__ void decide(
     control[NORM] = norm;
     // before the loss scale changes: gradients have been made with this one
     control[MULTIPLIER] = (clip > 0 && norm > clip ? clip / norm : 1) / control[LOSS_SCALE];
-    if (!scaling) {
-        // STEP stays from then on, and FAILED with it
-        if (!isfinite(norm) || !isfinite(control[LOSS])) control[FAILED] = control[STEP] + 1;
-        apply = control[FAILED] == 0;
-    } else if (!isfinite(norm)) {
+    bool overflow = !isfinite(norm), helps = scaling && control[LOSS_SCALE] > 1;
+    // a smaller scale mends gradients, not the loss, which is added up without one. STEP stays from then on,
+    // and FAILED with it
+    if (!isfinite(control[LOSS]) || (overflow && !helps)) control[FAILED] = control[STEP] + 1;
+    if (control[FAILED] != 0) {
+        apply = 0;
+    } else if (overflow) {
         apply = 0;
         control[LOSS_SCALE] = max(control[LOSS_SCALE] / 2, 1.0);
         control[GOOD_STEPS] = 0;
         control[SKIPPED] += 1;
-    } else if ((control[GOOD_STEPS] += 1) >= growth_interval) {
+    } else if (scaling && (control[GOOD_STEPS] += 1) >= growth_interval) {
         control[LOSS_SCALE] = min(control[LOSS_SCALE] * 2, double(1 << 24));
         control[GOOD_STEPS] = 0;
     }

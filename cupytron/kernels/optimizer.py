@@ -36,7 +36,7 @@ class Control(enum.IntEnum):
     LOSS_SCALE = 5  # what losses are multiplied by before their gradients are made
     GOOD_STEPS = 6  # finite ones since the loss scale has changed
     SKIPPED = 7  # steps that were not finite, with loss scaling
-    FAILED = 8  # STEP + 1 of the first step that was not finite, without loss scaling; 0: none
+    FAILED = 8  # STEP + 1 of the first step that no loss scale could have mended; 0: none
     LOSS = 9  # sum of the micro-batches' losses, without the loss scale
     CLIP = 10  # largest norm of a gradient; 0: any
 
@@ -93,8 +93,9 @@ def decide(control: Any, total: Any, *, scaling: bool, growth_interval: int) -> 
     """Say whether the update is to be applied, and with which multiplier.
 
     With scaling (float16): a norm that is not finite leaves the update out, halves the loss scale (down
-    to 1) and counts in SKIPPED; after growth_interval finite ones it is doubled (up to 2^24). Without: the
-    first norm or LOSS that is not finite is noted in FAILED, and from then on no update is applied.
+    to 1) and counts in SKIPPED; after growth_interval finite ones it is doubled (up to 2^24). What no
+    smaller scale can mend, a LOSS that is not finite or a norm where there is no scaling or the scale is
+    1, is noted in FAILED, and from then on no update is applied.
 
     Args:
         total: one float64 of the device, the sum of squares of the whole gradient as it is, loss scale

@@ -41,7 +41,10 @@ class Memory:
 
     def __del__(self) -> None:
         block = self.block
-        if block is not None and self.simulation is state.running():
+        ended = (
+            state is None or state.running is None
+        )  # the interpreter takes modules apart at its end
+        if not ended and block is not None and self.simulation is state.running():
             fault = block.broken()
             if fault:
                 self.simulation.violations.append(f"something wrote {fault}")
