@@ -22,7 +22,7 @@ class GPU(Device):
     Attributes:
         number: as CUDA counts.
         stream: of this rank's computation: the thread's current one, unless that is a default stream.
-        graphs: recorded work that is in use (gpu_step.Graph), with memory pools of its own.
+        graphs: recorded work that is in use (graph.Graph), with memory pools of its own.
         compute_dtype: None, or what layers compute in, for what is chosen by it.
     """
 

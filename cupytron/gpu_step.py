@@ -5,14 +5,13 @@ lies in device memory, so that a step can be recorded as CUDA graphs once and re
 copied to the host behind the step's work; whoever asks for them waits.
 """
 
-import contextlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupytron.config import RunConfig
+from cupytron.graph import Graph
 from cupytron.kernels import optimizer as update
 from cupytron.kernels.optimizer import Control
 from cupytron.kernels.sums import sum_rows
@@ -20,7 +19,6 @@ from cupytron.parallel.pipeline import Work
 from cupytron.parallel.zero import Zero
 from cupytron.stash import MicroBatch
 
-WARMUP = 2  # micro-steps that run before one is recorded: kernels are compiled, plans are made
 GROWTH_INTERVAL = 2000  # steps without overflow after which the loss scale is doubled
 _SLOTS = 3  # steps whose tokens may be on their way to the GPU at once
 
@@ -307,86 +305,3 @@ class _Slot:
         self.busy = True
         if len(self.integers) < count:
             self.integers = self._pinned(count, np.int64)
-
-
-class Graph:
-    """Work that is run a few times, then recorded once, and replayed from then on.
-
-    What it allocates comes from a memory pool of its own, which lives as long as the recording: nobody
-    else may have the addresses that a replay writes to.
-    """
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self.usable = True
-        self.forget()
-        device.graphs.add(self)
-
-    def forget(self) -> None:
-        """Start again: what is recorded does not fit any more."""
-        self._runs = 0
-        self._graph: Any = None
-        self._ran_short = False
-        self.pool = self.device.xp.cuda.MemoryPool(self._more)
-
-    def _more(self, size: int) -> Any:
-        """Memory for the pool, from CUDA; notes where there is none.
-
-        A pool that gets none gives back all that is free and asks again. What is free may be what the
-        recording under way has used.
-        """
-        memory = self.device.xp.cuda.memory
-        try:
-            return memory.MemoryPointer(memory.Memory(size), 0)
-        except Exception:
-            self._ran_short = True
-            raise
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Run the work, by itself or as a replay."""
-        if not self.usable:
-            work()
-            return
-        if self._graph is None and self._runs >= WARMUP:
-            self._record(work)
-        if self._graph is not None:
-            self._graph.launch(self.device.stream)
-            return
-        self._runs += 1
-        with self._allocating() if self.usable else contextlib.nullcontext():
-            work()
-
-    def _allocating(self) -> Any:
-        return self.device.xp.cuda.using_allocator(self.pool.malloc)
-
-    def _record(self, work: Callable[[], None]) -> None:
-        stream = self.device.stream
-        self._ran_short = False
-        with self._allocating():
-            stream.begin_capture()
-            try:
-                work()
-            # whatever a library says of an operation that it cannot record
-            except Exception as error:
-                with contextlib.suppress(Exception):  # the capture is invalid, and says so
-                    stream.end_capture()
-                self._give_up(f"{type(error).__name__}: {error}")
-                return
-            try:
-                self._graph = stream.end_capture()
-            except Exception as error:
-                self._give_up(f"{type(error).__name__}: {error}")
-                return
-        if self._ran_short:
-            self._graph = None
-            self._give_up("there is too little memory for a pool of its own")
-
-    def _give_up(self, why: str) -> None:
-        self.usable = False
-        self.pool = self.device.xp.cuda.MemoryPool()  # lets go of what the recording has taken
-        warnings.warn(
-            f"CUDA graphs are off: a step cannot be recorded ({why}); "
-            "it runs kernel by kernel, which is slower for small models",
-            RuntimeWarning,
-            stacklevel=2,
-        )

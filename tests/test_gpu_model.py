@@ -14,7 +14,7 @@ from simulated_libraries import simulated_libraries
 from cupytron import kernels, mesh_run, ops, verify
 from cupytron.config import load_config
 from cupytron.errors import ConfigError
-from cupytron.gpu_step import WARMUP
+from cupytron.graph import WARMUP
 from cupytron.kernels.optimizer import Control
 from cupytron.run import train
 from cupytron.run_folder import RunFolder

@@ -28,7 +28,7 @@ LAYERS = [
     {"checkpoint", "checkpoint_format"},
     {"parallel", "optim"},
     {"sampling"},
-    {"gpu", "gpu_step"},
+    {"gpu", "graph", "gpu_step"},
     {"trainer", "generate", "run_folder"},
     {
         "stop",

@@ -1,12 +1,25 @@
 """The fast CUDA versions of ops: the same names and signatures, for arrays on a GPU."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cupytron import ops
+
+# those whose functions have names of ops; attention has two, and is chosen between
+_MODULES = (
+    "activation",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "norm",
+    "products",
+    "rotary",
+    "sums",
+)
 
 
 def install(config: Any = None) -> None:
@@ -26,29 +39,10 @@ def install(config: Any = None) -> None:
 
 def table() -> dict[str, Any]:
     """The kernels by their names in ops."""
-    from cupytron.kernels import (
-        activation,
-        cross_entropy,
-        dropout,
-        embedding,
-        norm,
-        products,
-        rotary,
-        sums,
-    )
-
+    modules = [importlib.import_module(f"cupytron.kernels.{name}") for name in _MODULES]
     found = {
         name: function
-        for module in (
-            activation,
-            cross_entropy,
-            dropout,
-            embedding,
-            norm,
-            products,
-            rotary,
-            sums,
-        )
+        for module in modules
         for name, function in vars(module).items()
         if name in ops.REFERENCE and function.__module__ == module.__name__
     }

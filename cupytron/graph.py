@@ -1,0 +1,97 @@
+"""CUDA graphs: work that is recorded once and replayed, and the memory that belongs to it."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+WARMUP = 2  # runs before one is recorded: kernels are compiled, plans are made
+
+
+class _Source:
+    """Where a pool gets memory from; notes when there was none.
+
+    The pool then gives back all that is free, and asks again. What is free may be what the recording under
+    way has used.
+    """
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.ran_short = False
+
+    def __call__(self, size: int) -> Any:
+        try:
+            return self.memory.MemoryPointer(self.memory.Memory(size), 0)
+        except Exception:
+            self.ran_short = True
+            raise
+
+
+class Graph:
+    """Work that is run a few times, then recorded once, and replayed from then on.
+
+    What it allocates comes from a memory pool of its own, which lives as long as the recording: nobody
+    else may have the addresses that a replay writes to.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.usable = True
+        self.forget()
+        device.graphs.add(self)
+
+    def forget(self) -> None:
+        """Start again: what is recorded does not fit any more."""
+        self._runs = 0
+        self._graph: Any = None
+        self._source = _Source(self.device.xp.cuda.memory)
+        self.pool = self.device.xp.cuda.MemoryPool(self._source)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run the work, by itself or as a replay."""
+        if not self.usable:
+            work()
+            return
+        if self._graph is None and self._runs >= WARMUP:
+            self._record(work)
+        if self._graph is not None:
+            self._graph.launch(self.device.stream)
+            return
+        self._runs += 1
+        with self._allocating() if self.usable else contextlib.nullcontext():
+            work()
+
+    def _allocating(self) -> Any:
+        return self.device.xp.cuda.using_allocator(self.pool.malloc)
+
+    def _record(self, work: Callable[[], None]) -> None:
+        stream = self.device.stream
+        self._source.ran_short = False
+        with self._allocating():
+            stream.begin_capture()
+            try:
+                work()
+            # whatever a library says of an operation that it cannot record
+            except Exception as error:
+                with contextlib.suppress(Exception):  # the capture is invalid, and says so
+                    stream.end_capture()
+                self._give_up(f"{type(error).__name__}: {error}")
+                return
+            try:
+                self._graph = stream.end_capture()
+            except Exception as error:
+                self._give_up(f"{type(error).__name__}: {error}")
+                return
+        if self._source.ran_short:
+            self._graph = None
+            self._give_up("there is too little memory for a pool of its own")
+
+    def _give_up(self, why: str) -> None:
+        self.usable = False
+        self.pool = self.device.xp.cuda.MemoryPool()  # lets go of what the recording has taken
+        warnings.warn(
+            f"CUDA graphs are off: a step cannot be recorded ({why}); "
+            "it runs kernel by kernel, which is slower for small models",
+            RuntimeWarning,
+            stacklevel=2,
+        )
