@@ -132,6 +132,8 @@ def _object(report: Any) -> dict[str, Any]:
 
 
 def _show(config: "RunConfig", report: Any) -> None:
+    from cupytron.gpu import uses_gpu
+
     parallel = config.parallel
     click.echo(
         f"one process and tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp}"
@@ -139,6 +141,10 @@ def _show(config: "RunConfig", report: Any) -> None:
         f"{', sequence parallel' if parallel.sp else ''}, {config.train.dtype}: largest errors, "
         "max|a - b| / max|b| of a tensor"
     )
+    if uses_gpu(parallel.device):
+        click.echo(
+            "  on a GPU, with cupytron's own attention: cuDNN's has 16 bits only, and other dropout masks"
+        )
     for difference in report.differences[:SHOWN]:
         what = "" if difference.what == "loss" else f"{difference.what} of "
         click.echo(f"  {difference.error:8.1e}  step {difference.step}  {what}{difference.tensor}")

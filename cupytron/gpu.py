@@ -87,6 +87,11 @@ def present() -> bool:
     return importlib.util.find_spec("cupy") is not None and _count_by_driver() > 0
 
 
+def uses_gpu(wish: str) -> bool:
+    """Whether open_device would take a GPU; "cuda" is taken at its word."""
+    return wish == "cuda" or (wish == "auto" and present())
+
+
 def idle(wish: str) -> bool:
     """Whether a GPU is there that "auto" cannot use, since there is no CuPy."""
     return wish == "auto" and importlib.util.find_spec("cupy") is None and _count_by_driver() > 0
@@ -119,7 +124,7 @@ def open_device(wish: str = "auto", config: Any = None) -> Device:
         # streams of several communicators must not queue behind each other: a receive that waits there
         # would hold back the send that it waits for
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    if wish == "cpu" or (wish == "auto" and not present()):
+    if not uses_gpu(wish):
         return CPU
     cupy, count = _import(wish)
     rank = local_rank()

@@ -103,3 +103,13 @@ def test_ranks_with_and_without_a_gpu_are_refused(cupy, monkeypatch):
                 config("parallel.dp=2", "train.global_batch=24"), world
             ),
         )
+
+
+def test_verify_says_whose_attention_it_has_compared(cupy, capsys):
+    from cupytron.cli.main import _run
+
+    flags = ["--tp", "2", "--dp", "1", "--device", "cuda", "--set", "model.num_layers=1"]
+    assert not _run(["verify", *flags, "--set", "model.dropout=0.1"])
+    out = capsys.readouterr().out
+    assert "on a GPU, with cupytron's own attention: cuDNN's has 16 bits only" in out
+    assert "the same numbers" in out
