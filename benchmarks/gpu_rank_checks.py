@@ -63,8 +63,9 @@ def ranks_as_threads(gpu: Gpu) -> Json:
 
 def mpirun() -> str | None:
     """The launcher of the MPI library that is installed beside this Python, or on the path."""
-    # PREFIX/lib/python3/site-packages
+    # PREFIX/lib/python3/site-packages, or a folder that pip was told to install into
     trees = [Path(entry).parents[2] for entry in sys.path if len(Path(entry).parts) > 3]
+    trees += [Path(entry) for entry in sys.path if entry]
     beside = [Path(sys.executable).parent, *(tree / "bin" for tree in trees)]
     here = next((str(b / "mpirun") for b in beside if (b / "mpirun").exists()), None)
     return here or shutil.which("mpirun")

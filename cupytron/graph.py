@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,21 @@ class _Source:
             raise
 
 
+# A pool of CuPy's that is dropped never gives its memory back: those of graphs that are gone wait here, by
+# array library, for the next ones
+_idle: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def _new_pool(xp: Any) -> tuple[_Source, Any]:
+    source = _Source(xp.cuda.memory)
+    return source, xp.cuda.MemoryPool(source)
+
+
+def _retire(idle: list[Any], source: _Source, pool: Any) -> None:
+    pool.free_all_blocks()
+    idle.append((source, pool))
+
+
 class Graph:
     """Work that is run a few times, then recorded once, and replayed from then on.
 
@@ -37,6 +53,10 @@ class Graph:
     def __init__(self, device: Any) -> None:
         self.device = device
         self.usable = True
+        idle = _idle.setdefault(device.xp, [])
+        found: tuple[_Source, Any] = idle.pop() if idle else _new_pool(device.xp)
+        self._source, self.pool = found
+        weakref.finalize(self, _retire, idle, self._source, self.pool).atexit = False
         self.forget()
         device.graphs.add(self)
 
@@ -44,8 +64,6 @@ class Graph:
         """Start again: what is recorded does not fit any more."""
         self._runs = 0
         self._graph: Any = None
-        self._source = _Source(self.device.xp.cuda.memory)
-        self.pool = self.device.xp.cuda.MemoryPool(self._source)
 
     def run(self, work: Callable[[], None]) -> None:
         """Run the work, by itself or as a replay."""
@@ -88,7 +106,7 @@ class Graph:
 
     def _give_up(self, why: str) -> None:
         self.usable = False
-        self.pool = self.device.xp.cuda.MemoryPool()  # lets go of what the recording has taken
+        self.pool.free_all_blocks()  # lets go of what the recording has taken
         warnings.warn(
             f"CUDA graphs are off: a step cannot be recorded ({why}); "
             "it runs kernel by kernel, which is slower for small models",

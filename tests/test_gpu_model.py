@@ -1,5 +1,6 @@
 """Whole models on the simulated GPU: the CPU's numbers, graphs, no waiting, skipped steps, runs."""
 
+import gc
 import inspect
 import json
 import re
@@ -167,6 +168,21 @@ def test_other_shapes_are_recorded_anew(cupy):
     for sequence in (16, 16, 16, 9, 9, 16):
         inputs, targets = (x[:, :sequence] for x in batch(sequence))
         assert trainer.train_step(inputs, targets) == other.train_step(inputs, targets)
+
+
+def test_pools_of_graphs_that_are_gone_are_used_again(cupy):
+    """CuPy's pools give nothing back when they are dropped."""
+
+    def pools():
+        trainer = trainer_of(settings())
+        steps(trainer, 4)
+        trainer._gpu.forget_graphs()
+        steps(trainer, 4)
+        return {id(graph.pool) for graph in trainer.context.device.graphs}
+
+    first = pools()
+    gc.collect()
+    assert len(first) == 2 and pools() == first
 
 
 # steps that are not finite

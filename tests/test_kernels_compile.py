@@ -44,7 +44,8 @@ def build(file, arch, dtype, vec, defines):
         loader.source(file), f"{file}.cu", (), (), name_expressions=None, method="cubin"
     )
     headers = f"-I{pathfinder.find_nvidia_header_directory('cudart')}"
-    options = (*loader.options(dtype, vec, **defines), f"-arch={arch}", headers)
+    own = ("-ftz=true", "--device-as-default-execution-space")  # CuPy's, for all that it compiles
+    options = (*loader.options(dtype, vec, **defines), f"-arch={arch}", headers, *own)
     return program.compile(options, None)[0]
 
 

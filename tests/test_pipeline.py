@@ -15,6 +15,7 @@ from meshes import config, on_mesh
 from pipeline_memory import MESHES, MICRO_BATCHES, Sizes, Watch, formula, make_trainer
 
 from cupytron import AdamW, Zero, cut
+from cupytron.backend import Device
 from cupytron.comm import Handle, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import resolve_model
 from cupytron.layer import Chain, Layer, Parameter, normal
@@ -23,7 +24,7 @@ from cupytron.nn import Block, Embedding, Head, LayerNorm, Linear
 from cupytron.parallel import schedules
 from cupytron.parallel.mail import Mail
 from cupytron.parallel.pipeline import Pipeline
-from cupytron.parallel.schedules import make
+from cupytron.parallel.schedules import POSTED, make
 from cupytron.parallel.stages import _balanced, cost, divide
 from cupytron.stash import MicroBatch, Stash
 
@@ -513,3 +514,33 @@ def test_recomputation_changes_no_bit(family, rng):
 def test_a_block_is_a_block():
     """Selective recomputation is in the layers; block recomputation is around them."""
     assert isinstance(Transformer(small_config(recompute="selective")).blocks[0], Block)
+
+
+class LikeGPU(Device):
+    """Of a GPU it has the name only."""
+
+    gpu = True
+
+
+def test_a_gpu_posts_no_receive_ahead_before_all_has_been_run_once(monkeypatch):
+    """A posted receive occupies it, and kernels that are loaded for the first time would wait for that."""
+    ahead, original = {}, Mail.__init__
+
+    def noted(self, *arguments):
+        original(self, *arguments)
+        ahead.setdefault(self.pp.rank, []).append((self.ahead, sum(map(len, self.posted.values()))))
+
+    monkeypatch.setattr(Mail, "__init__", noted)
+
+    def body(world):
+        model = OwnChain()
+        pipeline = Pipeline(model, world, schedule="1f1b", device=LikeGPU())
+        model.materialize(1, np.float64)
+        work = cut(*np.random.default_rng(0).integers(0, 7, (2, 8, 4)), 2)
+        return [pipeline.losses(work, 1.0, training) for training in (False, True, True)]
+
+    results = run_ranks(2, body)
+    assert results[1][0] == results[1][1] == results[1][2]
+    # evaluation makes the activations' messages known, the first step those of the gradients
+    assert [a for a, _ in ahead[0]] == [a for a, _ in ahead[1]] == [0, 0, POSTED]
+    assert [posted for _, posted in ahead[1]] == [0, 0, POSTED]

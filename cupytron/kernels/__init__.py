@@ -28,8 +28,9 @@ def install(config: Any = None) -> None:
     Args:
         config: tf32 and deterministic are read; None: neither.
     """
-    from cupytron.kernels import cudnn_attention, products
+    from cupytron.kernels import cudnn_attention, loader, products
 
+    loader.prepare()
     products.allow_tf32(config is not None and config.train.tf32)
     cudnn_attention.deterministic(config is not None and config.train.deterministic)
     # algorithms are chosen by their times only where the tuner asks for it, for all ranks alike

@@ -1,6 +1,7 @@
 """CUDA sources to functions that can be launched: compiled by NVRTC when they are first asked for."""
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cupytron import backend
 
 NULL = np.uint64(0)  # the pointer to an array that there is not: CuPy takes no None
 
+_compiling = threading.RLock()  # ranks may be threads
 _FOLDER = Path(__file__).parent
 CTYPES = {
     "float32": "float",
@@ -133,4 +135,14 @@ def _module(
 def _function(
     file: str, name: str, dtype: str, vec: int, defines: tuple[tuple[str, int], ...], device: int
 ) -> Any:
-    return _module(file, dtype, vec, defines, device).get_function(name)
+    with _compiling:
+        return _module(file, dtype, vec, defines, device).get_function(name)
+
+
+def prepare() -> None:
+    """Have the compiler load its own libraries: several threads at once may fail to."""
+    import cupy
+
+    with _compiling:
+        nothing = 'extern "C" __global__ void nothing() {}'
+        cupy.RawModule(code=nothing, options=("-std=c++17",)).get_function("nothing")

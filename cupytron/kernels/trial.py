@@ -189,9 +189,11 @@ def apart(xp: Any) -> Iterator[None]:
         yield
         return
     pool = xp.cuda.MemoryPool()
-    with xp.cuda.using_allocator(pool.malloc):
-        yield
-    pool.free_all_blocks()
+    try:
+        with xp.cuda.using_allocator(pool.malloc):
+            yield
+    finally:
+        pool.free_all_blocks()  # of a pool that is dropped nothing would come back
 
 
 def not_captured(xp: Any, call: Callable[[], Any]) -> str | None:

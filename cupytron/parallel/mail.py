@@ -51,18 +51,29 @@ class Mail:
         self.settled = {
             s: all(self._link(m) in self.known for m in schedule.sent(rank, s)) for s in stages
         }
+        # a GPU that loads kernels for the first time may wait for all that runs on it, and a receive that
+        # is posted ahead runs until its message has come: so none is until all has been run once, and
+        # with it all messages been known, on every stage
+        known_all = all(self.settled.values()) and all(
+            self._link(m) in known for stage in stages for m in self.coming[stage]
+        )
+        self.ahead = POSTED if known_all or not device.gpu else 0
+        if not self.ahead:
+            self.settled = dict.fromkeys(stages, False)
         for stage in stages:
-            self._post(stage)
+            self._post(stage, self.ahead)
 
     def take(self, message: Message) -> Any:
         """The array that a message brings; waits for it."""
         sender = self.schedule.sender(message)
         while message not in self.arrived:
-            if not self.posted[sender]:  # only a shape that is not known keeps a receive back
-                self._agree(sender)
+            if not self.posted[sender]:
+                if self._link(self.coming[sender][0]) not in self.known:
+                    self._agree(sender)
+                self._post(sender, max(1, self.ahead))
             came, handle = self.posted[sender].popleft()
             self.arrived[came] = handle.wait()
-            self._post(sender)
+            self._post(sender, self.ahead)
         return self.arrived.pop(message)
 
     def send(self, message: Message, array: Any) -> None:
@@ -99,15 +110,14 @@ class Mail:
         return message.kind, message.part, batch.batch_size, batch.sequence_length
 
     def _agree(self, sender: int) -> None:
-        """Receive the shape and dtype of the next message from a stage, and post its receive."""
+        """Receive the shape and dtype of the next message from a stage."""
         link = self._link(self.coming[sender][0])
         self.known[link] = _read(self.pp.recv(np.empty(2 + _DIMS, np.int64), sender))
-        self._post(sender)
 
-    def _post(self, sender: int) -> None:
-        """Have receives posted for the next messages from a stage."""
+    def _post(self, sender: int, count: int) -> None:
+        """Have up to `count` receives posted for the next messages from a stage."""
         coming, posted = self.coming[sender], self.posted[sender]
-        while coming and len(posted) < POSTED and self._link(coming[0]) in self.known:
+        while coming and len(posted) < count and self._link(coming[0]) in self.known:
             message = coming.popleft()
             shape, dtype = self.known[self._link(message)]
             room = self.device.xp.empty(shape, dtype)
