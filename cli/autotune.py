@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cupytron.cli.options import Settings, prepare_process, settings_options
+from cupytron.cli.options import (
+    Settings,
+    data_vocabulary,
+    prepare_process,
+    settings_options,
+)
 
 if TYPE_CHECKING:
     from cupytron.kernels.autotune import RuntimeAutoTuner
@@ -37,11 +42,7 @@ def command(settings: Settings, out: Path | None) -> None:
         raise ConfigError(
             "these settings use no choices: give neither --deterministic nor --autotune off"
         )
-    vocab_size = None
-    if config.data.path and config.model.vocab_size is None:
-        from cupytron.data import open_dataset
-
-        vocab_size = open_dataset(config.data.path).vocab_size
+    vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config)
     with watchdog(world, config.parallel.timeout) as dog:

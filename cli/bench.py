@@ -4,7 +4,12 @@ import json
 
 import click
 
-from cupytron.cli.options import Settings, prepare_process, settings_options
+from cupytron.cli.options import (
+    Settings,
+    data_vocabulary,
+    prepare_process,
+    settings_options,
+)
 
 
 @click.command()
@@ -30,11 +35,7 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
     from cupytron.mesh_run import check_alike, watchdog
     from cupytron.metrics import mfu_text
 
-    vocab_size = None
-    if config.data.path and config.model.vocab_size is None:
-        from cupytron.data import open_dataset
-
-        vocab_size = open_dataset(config.data.path).vocab_size
+    vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config, steps=steps, peak=peak_tflops)
     with watchdog(world, config.parallel.timeout) as dog:

@@ -162,6 +162,15 @@ def prepare_process(config: "RunConfig") -> dict[str, Any]:
     )
 
 
+def data_vocabulary(config: "RunConfig") -> int | None:
+    """The vocabulary of the settings' data set, if it is wanted: they may name none, or have their own."""
+    if not config.data.path or config.model.vocab_size is not None:
+        return None
+    from cupytron.data import open_dataset
+
+    return open_dataset(config.data.path).vocab_size
+
+
 def prepare_for_run(run: str) -> None:
     """Prepare the process as a run's own settings say."""
     from cupytron.config import load_config

@@ -17,9 +17,8 @@ from cupytron.trainer import Trainer
 from cupytron.watchdog import Note, unwatched
 
 WARMUP = 3  # steps that are not counted: first allocations, page faults
-GPU_WARMUP = (
-    5  # kernels are chosen in the first step, graphs are recorded in the fourth at the latest
-)
+# kernels are chosen in the first step, graphs are recorded in the fourth at the latest
+GPU_WARMUP = 5
 
 
 def measure(

@@ -314,6 +314,11 @@ class RunConfig(_Settings):
         return self.train.reduce_dtype or self.train.dtype
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scale keeps gradients in the range of their dtype."""
+        return self.compute_dtype == "float16"
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that a step trains on."""
         return self.global_batch * self.train.sequence_length

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import ctypes.util
 import importlib.util
 import os
 import weakref
@@ -23,7 +22,6 @@ class GPU(Device):
         number: as CUDA counts.
         stream: of this rank's computation: the thread's current one, unless that is a default stream.
         graphs: recorded work that is in use (graph.Graph), with memory pools of its own.
-        compute_dtype: None, or what layers compute in, for what is chosen by it.
     """
 
     gpu = True

@@ -15,11 +15,11 @@ from cupytron.graph import Graph
 from cupytron.kernels import optimizer as update
 from cupytron.kernels.optimizer import Control
 from cupytron.kernels.sums import sum_rows
+from cupytron.optim import LossScale
 from cupytron.parallel.pipeline import Work
 from cupytron.parallel.zero import Zero
 from cupytron.stash import MicroBatch
 
-GROWTH_INTERVAL = 2000  # steps without overflow after which the loss scale is doubled
 _SLOTS = 3  # steps whose tokens may be on their way to the GPU at once
 
 
@@ -29,7 +29,6 @@ class Numbers(NamedTuple):
     loss: float
     norm: float
     failed: bool
-    updates: int
     loss_scale: float
 
 
@@ -44,13 +43,14 @@ class GPUStep:
         self.zero, self.optimizer, self.config = zero, optimizer, config
         self.context = zero.context
         self.device: Any = zero.context.device
-        self.scaling = config.compute_dtype == "float16"
+        self.scaling = config.scales_loss
         scale = config.train.loss_scale if self.scaling else 1.0
         xp = self.device.xp
         self.control = update.new_control(scale, config.optim.clip)
         self._given = xp.zeros(2)  # learning rate; 1 / targets of the step
         self._scale = xp.zeros(1)  # of the loss: 1 / targets, times the loss scale
-        self._loss = xp.zeros(1)
+        loss = slice(Control.LOSS, Control.LOSS + 1)
+        self._loss = self.control[loss]  # shape (1,), for collectives
         self._ring = [_Slot() for _ in range(_SLOTS)]
         self._started = 0
         self._tokens: Any = None  # the step's tokens and addresses, on the GPU
@@ -58,10 +58,7 @@ class GPUStep:
         self._parts = [
             (bucket, bucket.local(part))
             for bucket in filter(zero.counts_here, zero.buckets)
-            # what all tensor ranks have is counted by the first of them
-            for part in bucket.ranges(
-                lambda p: not (p.whole and self.context.tp.rank), bucket.owned
-            )
+            for part in bucket.ranges(zero.counts, bucket.owned)
         ]
         self._micro_graph = Graph(self.device) if self._records_micro_steps() else None
         alone = self.context.world.size == 1 and not zero.deterministic
@@ -89,7 +86,7 @@ class GPUStep:
             self.control[Control.LOSS_SCALE : Control.LOSS_SCALE + 1],
             out=self._scale,
         )
-        self._loss[...] = 0
+        update.begin(self.control)
         recorded = self._micro_graph is not None and zero.pipeline.trace is None
         zero.begin_step(len(work), held=recorded)
         if recorded:
@@ -113,7 +110,7 @@ class GPUStep:
 
     def loss(self) -> float:
         """The mean loss of the step under way; waits for the GPU."""
-        return float(self._loss[0] / self.control[Control.LOSS_SCALE])
+        return float(self._loss[0])
 
     def forget_graphs(self) -> None:
         """Record anew: other kernels have taken their places in ops."""
@@ -182,7 +179,7 @@ class GPUStep:
 
     def _micro_step(self, works: list[Work]) -> None:
         for loss in self.zero.pipeline.losses(works, self._scale.reshape(())):
-            self._loss += loss
+            update.add_loss(self.control, loss)
 
     # the update
 
@@ -194,22 +191,17 @@ class GPUStep:
         pipeline.pp.broadcast(self._loss, pipeline.last_stage)
 
     def _update(self) -> None:
-        control = self.control
-        loss, scale = (slice(i, i + 1) for i in (Control.LOSS, Control.LOSS_SCALE))
-        self.device.xp.divide(self._loss, control[scale], out=control[loss])
-        update.decide(
-            control, self._square_sum(), scaling=self.scaling, growth_interval=GROWTH_INTERVAL
-        )
+        control, interval = self.control, LossScale.INTERVAL
+        update.decide(control, self._square_sum(), scaling=self.scaling, growth_interval=interval)
         c = self.config.optim
         for bucket in self.zero.buckets:
             weights, gradient = bucket.weights, bucket.gradient
             copy = None if bucket.shard is weights else bucket.shard
-            decayed = min(max(bucket.decayed - bucket.owned.start, 0), len(weights))
             if gradient.dtype != weights.dtype:
                 gradient = gradient.astype(weights.dtype)
                 bucket.gradient[...] = 0
             common: dict[str, Any] = {"weight_decay": c.weight_decay, **bucket.state}
-            common.update(decayed=decayed, control=control)
+            common.update(decayed=bucket.decayed_here, control=control)
             if c.name == "adamw":
                 common.update(beta1=c.beta1, beta2=c.beta2, eps=c.eps)
                 update.adamw(weights, copy, gradient, **common)
@@ -252,7 +244,6 @@ class GPUStep:
                 float(host[Control.LOSS]),
                 float(host[Control.NORM]),
                 bool(host[Control.FAILED]),
-                int(host[Control.STEP]),
                 float(host[Control.LOSS_SCALE]),
             )
 
@@ -298,9 +289,8 @@ class _Slot:
 
     def make_room(self, count: int) -> None:
         """Wait until the last copy from here is done; have room for so many integers."""
-        if (
-            self.busy
-        ):  # the host is more than _SLOTS - 1 steps ahead, and has asked for none of them
+        if self.busy:
+            # the host is more than _SLOTS - 1 steps ahead, and has asked for none of them
             self.sent.synchronize()
         self.busy = True
         if len(self.integers) < count:

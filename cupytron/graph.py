@@ -89,15 +89,11 @@ class Graph:
             stream.begin_capture()
             try:
                 work()
-            # whatever a library says of an operation that it cannot record
-            except Exception as error:
-                with contextlib.suppress(Exception):  # the capture is invalid, and says so
-                    stream.end_capture()
-                self._give_up(f"{type(error).__name__}: {error}")
-                return
-            try:
                 self._graph = stream.end_capture()
+            # whatever a library says of an operation that it cannot record, at once or at the end
             except Exception as error:
+                with contextlib.suppress(Exception):  # the capture is invalid or over, and says so
+                    stream.end_capture()
                 self._give_up(f"{type(error).__name__}: {error}")
                 return
         if self._source.ran_short:

@@ -85,8 +85,9 @@ class LossScale:
     """
 
     LARGEST = 2.0**24
+    INTERVAL = 2000
 
-    def __init__(self, value: float, interval: int = 2000, dynamic: bool = True) -> None:
+    def __init__(self, value: float, interval: int = INTERVAL, dynamic: bool = True) -> None:
         self.value, self.interval, self.dynamic = (value if dynamic else 1.0), interval, dynamic
         self.good_steps = 0
 
@@ -110,7 +111,7 @@ def apply(
     """One optimizer step on what is owned of all buckets; their gradients are scaled and used up."""
     for bucket in buckets:
         count = len(bucket.weights)
-        decayed = min(max(bucket.decayed - bucket.owned.start, 0), count)
+        decayed = bucket.decayed_here
         for part, decay in (
             (slice(0, decayed), optimizer.config.weight_decay),
             (slice(decayed, count), 0.0),

@@ -337,7 +337,7 @@ class _Run:
             **self.speed.mfu(rate),
             "elapsed_seconds": self.elapsed,
         }
-        if self.config.compute_dtype == "float16":
+        if self.config.scales_loss:
             record["loss_scale"] = result.loss_scale
         if result.skipped:
             self.progress.line(

@@ -70,9 +70,7 @@ class Trainer:
         self.model, self.zero = build(config, model_config, self.context)
         self.optimizer = optim.OPTIMIZERS[config.optim.name](config.optim)
         self.updates = 0  # steps that changed the weights: all, but for those that overflowed
-        self.loss_scale = optim.LossScale(
-            config.train.loss_scale, dynamic=config.compute_dtype == "float16"
-        )
+        self.loss_scale = optim.LossScale(config.train.loss_scale, dynamic=config.scales_loss)
         self._gpu: Any = None  # gpu_step.GPUStep, on a GPU
         self._tuned = False  # whether the first step has been, in which kernels are tried
 

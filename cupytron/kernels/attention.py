@@ -130,13 +130,10 @@ def _dropout_arguments(xp: Any, dropout: AttentionDropout | None) -> tuple[Any, 
             *(np.uint32(0), np.float64(1), np.uint32(0), np.uint32(0)),
             *(nothing, nothing, np.int32(0)),
         )
-    # the scale is 65536 / (65536 - threshold)
-    keep = philox.keep_scale(dropout.p)
-    threshold = 65536 - round(65536 / keep)
     return (
         *(
-            np.uint32(threshold),
-            np.float64(keep),
+            np.uint32(philox.threshold(dropout.p)),
+            np.float64(philox.keep_scale(dropout.p)),
             np.uint32(dropout.key[0]),
             np.uint32(dropout.key[1]),
         ),

@@ -27,8 +27,7 @@ def dropout(x: Any, p: float, key: tuple[int, int], step: int, first_token: int)
     acc = backend.at_least_float32(x.dtype)
     step = loader.on_device("step", step, xp.int64)
     first_token = loader.on_device("first_token", first_token, xp.int64)
-    scale = philox.keep_scale(p)
-    threshold = 65536 - round(65536 / scale)  # how many of 65536 are not kept
+    scale, threshold = philox.keep_scale(p), philox.threshold(p)
     groups = rows * loader.split(width, _GROUP)
     loader.function("dropout", "dropout", x.dtype, vec)(
         (loader.split(groups, _THREADS),),

@@ -70,15 +70,16 @@ def keep_mask(xp: Any, shape: tuple[int, ...], address: Any, key: tuple[int, int
     for lane, word in enumerate(words):
         lanes[..., lane] = word
     bits = lanes.view(xp.uint16).reshape(*shape[:-1], blocks * 8)[..., : shape[-1]]
-    return bits >= _threshold(p)
+    return bits >= threshold(p)
 
 
 def keep_scale(p: float) -> float:
     """What kept values are multiplied by, so that the mean stays: 1 / (1 - p)."""
-    return 65536 / (65536 - _threshold(p))
+    return 65536 / (65536 - threshold(p))
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """How many of 65536 equally likely values are dropped."""
     return min(round(p * 65536), 65535)
 
 

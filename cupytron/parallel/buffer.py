@@ -75,6 +75,11 @@ class Bucket:
             data[start:stop] = parameter.initial_values(seed).reshape(-1)
         return data
 
+    @property
+    def decayed_here(self) -> int:
+        """How many of the owned elements have weight decay: the first ones."""
+        return min(max(self.decayed - self.owned.start, 0), self.owned.stop - self.owned.start)
+
     def refresh(self) -> None:
         """Round the weights for the layers, after they have changed."""
         if self.shard is not self.weights:

@@ -24,7 +24,7 @@ from cupytron import backend, optim
 from cupytron.comm import Communicator, ParallelContext
 from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
-from cupytron.layer import Layer, Wrapper
+from cupytron.layer import Layer, Parameter, Wrapper
 from cupytron.parallel.buffer import Bucket, make_buckets, share
 from cupytron.parallel.data import TreeSum, tree_reduce_scatter
 from cupytron.parallel.pipeline import Pipeline, Work
@@ -321,8 +321,7 @@ class Zero:
         on) and tp; the sums of all stages are gathered over pp.
         """
         tp = self.context.tp
-        # what all tensor ranks have is counted by the first of them
-        chosen = (lambda p: not p.whole) if tp.rank else None
+        chosen = self.counts if tp.rank else None
         sums = np.array(
             [bucket.squares(chosen) for bucket in self.buckets if self.counts_here(bucket)]
         )
@@ -331,6 +330,10 @@ class Zero:
         tp.all_reduce(sums)
         stages = self.pipeline.pp.gather_objects(sums.reshape(-1).tolist())
         return math.sqrt(math.fsum(itertools.chain.from_iterable(stages)))
+
+    def counts(self, parameter: Parameter) -> bool:
+        """Whether a parameter is counted here: what all tensor ranks have is counted by the first."""
+        return not (parameter.whole and self.context.tp.rank)
 
     def counts_here(self, bucket: Bucket) -> bool:
         """Whether a bucket is counted, and written to checkpoints, here: by the first that has it."""
