@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import simulated_cublaslt
 import simulated_cudnn
-from simulated_pointers import known_blocks
 
 from cupytron.kernels import cudnn_attention, products
 
@@ -32,16 +31,13 @@ def simulated_libraries() -> Iterator[Libraries]:
     bindings: Any = types.ModuleType("nvmath.bindings")
     nvmath: Any = types.ModuleType("nvmath")
     bindings.cublasLt, nvmath.bindings = lt, bindings
-    with (
-        _modules(
-            {
-                "nvmath": nvmath,
-                "nvmath.bindings": bindings,
-                "nvmath.bindings.cublasLt": lt,
-                "cudnn": cudnn,
-            }
-        ),
-        known_blocks(),
+    with _modules(
+        {
+            "nvmath": nvmath,
+            "nvmath.bindings": bindings,
+            "nvmath.bindings.cublasLt": lt,
+            "cudnn": cudnn,
+        }
     ):
         _forget()
         try:

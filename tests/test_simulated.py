@@ -1,8 +1,10 @@
 """The simulated GPU itself: kernels run right, and it finds the mistakes that it is there to find."""
 
+import gc
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -618,6 +620,32 @@ def test_stand_ins_reach_memory_by_address(cupy):
         bytes_at(x.data.ptr + 12, 8)
     issue("mine", lambda: bytes_at(x.data.ptr, 16).fill(0), writes=[x], kind="launch")
     assert x.tolist() == [0, 0, 0, 0] and ("launch", "mine", 0) in cupy.sim.log
+
+
+def test_memory_that_a_collection_frees_is_found_when_it_is_handed_out_again(cupy):
+    x = cupy.zeros(1000)
+    cycle, address = [x], x.data.ptr
+    cycle.append(cycle)
+    del x, cycle
+    gc.collect()
+    again = cupy.ones(1000)
+    assert again.data.ptr == address
+    assert bytes_at(address, 8000).view(np.float64).sum() == 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")
+def test_all_libraries_share_one_memory_for_the_stacks_of_threads(cupy):
+    """With one for each, a process has more mappings than Linux allows."""
+    code = """extern "C" __global__ void wait(int* to) {{
+        __shared__ int all[64]; all[threadIdx.x] = {};
+        __syncthreads(); to[threadIdx.x] = all[63 - threadIdx.x]; }}"""
+    counts = []
+    for number in range(4):
+        x = cupy.empty(64, np.int32)
+        cupy.RawKernel(code.format(number), "wait")((1,), (64,), (x,))
+        assert x.tolist() == [number] * 64
+        counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+    assert counts[-1] - counts[0] < 64
 
 
 def test_copies_by_address(cupy):

@@ -2,7 +2,6 @@
 
 import bisect
 import threading
-import weakref
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ ROUND = 512  # what CuPy's pool rounds to, and how a GPU aligns allocations
 UNWRITTEN = 0xFF  # NaN in every floating-point type, -1 in every integer
 
 
-_places: list[tuple[int, Any]] = []  # where all blocks are, sorted by their addresses
-_places_lock = threading.Lock()
+# Where all blocks are, sorted by their addresses, until a pool gives them back. These are no weak
+# references: of a cycle the garbage collector clears them before Memory.__del__ gives its block to a pool.
+_places: list[tuple[int, "Block"]] = []
+_places_lock = threading.RLock()  # a collection may happen anywhere, and it may drop a pool
 
 
 class Block:
@@ -35,9 +36,13 @@ class Block:
         self.touched: list[Any] = []
         self.reach = 0  # how far recorded work writes, in whichever of the block's lives
         with _places_lock:
-            for dead in [n for n, (_, block) in enumerate(_places) if block() is None][::-1]:
-                del _places[dead]
-            bisect.insort(_places, (self.ptr, weakref.ref(self)), key=lambda place: place[0])
+            bisect.insort(_places, (self.ptr, self), key=_address)
+
+    def give_back(self) -> None:
+        """To the system."""
+        self.returned = True
+        with _places_lock:
+            _places[:] = [place for place in _places if place[1] is not self]
 
     def open(self, asked: int) -> None:
         """Begin a life of `asked` bytes, none of them written yet."""
@@ -59,6 +64,15 @@ class Block:
         return ""
 
 
+def _address(place: tuple[int, Block]) -> int:
+    return place[0]
+
+
+def reset() -> None:
+    """No block, at the start of a simulation."""
+    _places.clear()
+
+
 def find(ptr: int, count: int) -> tuple[Block, int, int]:
     """The block that holds `count` bytes at an address, the first of them and the one behind the last.
 
@@ -66,9 +80,9 @@ def find(ptr: int, count: int) -> tuple[Block, int, int]:
         CUDARuntimeError: nobody has allocated all of them, or the pool has given them back.
     """
     with _places_lock:
-        at = bisect.bisect_right(_places, ptr, key=lambda place: place[0]) - 1
-        block = _places[at][1]() if at >= 0 else None
-    if block is None or block.returned or ptr + count > block.ptr + block.asked:
+        at = bisect.bisect_right(_places, ptr, key=_address) - 1
+        block = _places[at][1] if at >= 0 else None
+    if block is None or ptr + count > block.ptr + block.asked:
         raise CUDARuntimeError(
             f"cudaErrorIllegalAddress: nobody has allocated {count} bytes of device memory at {ptr}"
         )

@@ -1,4 +1,4 @@
-"""CUDA sources to loaded libraries: rewritten for g++, compiled once on a machine."""
+"""CUDA sources to loaded libraries: rewritten for g++, compiled once for a checkout."""
 
 import ctypes
 import functools
@@ -7,9 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from simulated.errors import CompileException
 
@@ -17,7 +16,7 @@ _INCLUDE = Path(__file__).parent / "include"
 # No fused multiply-adds; a pointer that is not aligned for its type, and an index behind the end of an
 # array, end in an illegal instruction, which launch.h reports.
 _FLAGS = (
-    "-O2 -g1 -fPIC -shared -w -x c++ -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off "
+    "-O1 -g1 -fPIC -shared -w -x c++ -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off "
     "-fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error"
 ).split()
 
@@ -63,6 +62,8 @@ def rewrite(source: str) -> tuple[str, list[tuple[str, str]]]:
         f"{export} int sim_launch(int n, const unsigned* grid, const unsigned* block, unsigned shared, "
         "void** arguments, int reverse) {\n"
         "    return sim::launch(sim_kernels[n].run, grid, block, shared, arguments, reverse);\n}\n"
+        f"{export} void* sim_make_stacks() {{ return sim::make_stacks(); }}\n"
+        f"{export} void sim_use_stacks(void* m) {{ sim::stack_memory = static_cast<char*>(m); }}\n"
         f"{export} const char* sim_message() {{ return sim::message; }}\n"
         f"{export} void* sim_fault() {{ return sim::fault_address; }}\n"
         f"{export} unsigned long sim_shared_bytes() {{ return sim::shared_most; }}\n"
@@ -109,13 +110,13 @@ def _environment() -> str:
 
 
 def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"simulated-gpu-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = Path(__file__).parents[2] / "build" / "simulated-gpu"
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def build(source: str, options: tuple[str, ...], log: Any = None) -> Path:
-    """The shared library of a source, compiled once on a machine."""
+    """The shared library of a source, compiled once for a checkout."""
     text, _ = rewrite(source)
     flags = [option for option in options if option.startswith(("-D", "-U", "-std", "--std"))]
     key = hashlib.sha256("\0".join([text, *flags, _environment()]).encode()).hexdigest()[:32]
@@ -151,6 +152,9 @@ class Library:
         self.dll.sim_message.restype = ctypes.c_char_p
         self.dll.sim_fault.restype = ctypes.c_void_p
         self.dll.sim_shared_bytes.restype = ctypes.c_ulong
+        self.dll.sim_make_stacks.restype = ctypes.c_void_p
+        self.dll.sim_use_stacks.argtypes = [ctypes.c_void_p]
+        self.dll.sim_use_stacks(self._stacks())
         table = self.dll.sim_table()
         self.kernels: dict[str, tuple[int, int, list[str]]] = {}
         for number in range(count):
@@ -162,6 +166,17 @@ class Library:
                 row.most_threads,
                 room.value.decode().split(),
             )
+
+    _made: ClassVar[list[int]] = []
+
+    def _stacks(self) -> int:
+        """Memory for the stacks of simulated threads, the same for all libraries."""
+        if not self._made:
+            made = self.dll.sim_make_stacks()
+            if made is None:
+                raise MemoryError("there is no memory for the stacks of the simulated threads")
+            self._made.append(made)
+        return self._made[0]
 
     def error(self) -> str:
         text = self.dll.sim_message().decode()

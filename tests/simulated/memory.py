@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simulated import state
+from simulated import blocks, state
 from simulated.blocks import ROUND, Block
 
 
@@ -178,13 +178,13 @@ class MemoryPool:
 
     def free_all_blocks(self, stream: Any = None) -> None:
         with self._lock:
-            for (arena, _), blocks in self._free.items():
+            for (arena, _), free in self._free.items():
                 if stream is None or stream.ptr == arena:
-                    for block in blocks:
-                        block.returned = True
+                    for block in free:
+                        block.give_back()
                         self._held -= block.size
                         self._simulation.device_bytes -= block.size
-                    blocks.clear()
+                    free.clear()
 
     def __del__(self) -> None:
         self.free_all_blocks()
@@ -193,7 +193,7 @@ class MemoryPool:
         self.free_all_blocks()
 
     def n_free_blocks(self) -> int:
-        return sum(len(blocks) for blocks in self._free.values())
+        return sum(len(free) for free in self._free.values())
 
     def used_bytes(self) -> int:
         return self._used
@@ -248,6 +248,7 @@ _pinned: PinnedMemoryPool
 def reset() -> None:
     """A new default pool, at the start of a simulation."""
     global _default, _allocator, _pinned
+    blocks.reset()
     _default, _pinned = MemoryPool(), PinnedMemoryPool()
     _allocator = _default.malloc
     _thread.__dict__.clear()

@@ -55,7 +55,6 @@ struct Stack {
 #else
     ucontext_t context;
 #endif
-    char* memory;
 };
 
 struct Thread {
@@ -112,22 +111,31 @@ inline void stack_body() {
     }
 }
 
-inline void prepare(Stack& stack) {
-    if (!stack.memory) {
-        void* memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) fail("no memory for the stacks of the simulated threads");
-        mprotect(memory, GUARD, PROT_NONE);
-        stack.memory = static_cast<char*>(memory);
+// Memory for all stacks, each above a page that nobody may touch. One kernel runs at a time, so that one is
+// enough for all libraries: with one for each of them a process would have more mappings than a kernel allows.
+inline char* stack_memory;
+inline void* make_stacks() {
+    void* memory = mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    for (int i = 0; i < MOST_THREADS; i++) {
+        if (mprotect(static_cast<char*>(memory) + i * STACK, GUARD, PROT_NONE) != 0) return nullptr;
     }
+    return memory;
+}
+
+inline void prepare(int number) {
+    char* memory = stack_memory + number * STACK;
+    Stack& stack = stacks[number];
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(stack.memory + STACK - 64);
+    void** top = reinterpret_cast<void**>(memory + STACK - 64);
     *--top = nullptr;                                 // where stack_body would return to
     *--top = reinterpret_cast<void*>(&stack_body);    // where sim_switch returns to
     for (int i = 0; i < 6; i++) *--top = nullptr;     // the registers that it restores
     stack.pointer = top;
 #else
     getcontext(&stack.context);
-    stack.context.uc_stack.ss_sp = stack.memory;
+    stack.context.uc_stack.ss_sp = memory;
     stack.context.uc_stack.ss_size = STACK;
     makecontext(&stack.context, &stack_body, 0);
 #endif
@@ -135,7 +143,7 @@ inline void prepare(Stack& stack) {
 
 inline int take_stack() {
     if (idle_count > 0) return idle[--idle_count];
-    prepare(stacks[stacks_made]);
+    prepare(stacks_made);
     return stacks_made++;
 }
 

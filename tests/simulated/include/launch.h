@@ -141,11 +141,9 @@ inline int launch(void (*run)(void**), const unsigned* grid, const unsigned* blo
         threads[i].index = {n % block[0], n / block[0] % block[1], n / block[0] / block[1]};
     }
     fault_address = nullptr;
+    idle_count = stacks_made = 0;  // other libraries have used the stacks since
     Signals signals;
-    if (sigsetjmp(escape, 1)) {
-        idle_count = stacks_made = 0;  // the stacks hold threads that never end: begin afresh
-        return 1;
-    }
+    if (sigsetjmp(escape, 1)) return 1;
     uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
     for (uint64_t i = 0; i < blocks; i++) {
         uint64_t n = reverse ? blocks - 1 - i : i;
