@@ -1,5 +1,6 @@
 """The simulated GPU itself: kernels run right, and it finds the mistakes that it is there to find."""
 
+import contextvars
 import gc
 import subprocess
 import sys
@@ -631,6 +632,23 @@ def test_memory_that_a_collection_frees_is_found_when_it_is_handed_out_again(cup
     again = cupy.ones(1000)
     assert again.data.ptr == address
     assert bytes_at(address, 8000).view(np.float64).sum() == 1000
+
+
+def test_memory_is_freed_without_numpy_functions(cupy):
+    """The garbage collector may free it while np.errstate changes their state: see Block.broken."""
+    pool = cupy.get_default_memory_pool()
+    x = cupy.zeros(8)
+    used = pool.used_bytes()
+
+    def free():
+        np._core.umath._extobj_contextvar.set("no state")
+        with pytest.raises(ValueError):
+            np.add(1, 1)
+        nonlocal x
+        del x
+
+    contextvars.copy_context().run(free)
+    assert pool.used_bytes() == used - 512
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")

@@ -9,6 +9,7 @@ import numpy as np
 from simulated.errors import CUDARuntimeError
 
 ROUND = 512  # what CuPy's pool rounds to, and how a GPU aligns allocations
+_GUARD = b"\xff"
 UNWRITTEN = 0xFF  # NaN in every floating-point type, -1 in every integer
 
 
@@ -41,6 +42,8 @@ class Block:
     def give_back(self) -> None:
         """To the system."""
         self.returned = True
+        if _places_lock is None:  # the interpreter takes modules apart at its end
+            return
         with _places_lock:
             _places[:] = [place for place in _places if place[1] is not self]
 
@@ -50,16 +53,22 @@ class Block:
         self.bytes[...] = UNWRITTEN
 
     def broken(self) -> str:
-        """Where somebody wrote outside, or an empty string."""
-        if np.any(self.head != UNWRITTEN):
-            offset = ROUND - int(np.flatnonzero(self.head != UNWRITTEN)[-1])
+        """Where somebody wrote outside, or an empty string.
+
+        No NumPy functions: Memory.__del__ calls this in the middle of whatever the garbage collector
+        interrupts. At the end of a np.errstate, one that looked up the state would leave a pointer to it in
+        CPython's cache (contextvar_del in 3.11), and the next one would use what has been freed.
+        """
+        written = len(self.head.tobytes().rstrip(_GUARD))
+        if written:
             self.head[...] = UNWRITTEN
-            return f"{offset} bytes before the start of an allocation of {self.asked} bytes"
+            return f"{ROUND - written + 1} bytes before the start of an allocation of {self.asked} bytes"
         free = max(self.asked, self.reach)
         for zone, start in ((self.bytes[free:], free), (self.tail, self.size)):
-            if np.any(zone != UNWRITTEN):
-                offset = start + int(np.flatnonzero(zone != UNWRITTEN)[0]) - self.asked
+            written = len(zone) - len(zone.tobytes().lstrip(_GUARD))
+            if written < len(zone):
                 zone[...] = UNWRITTEN
+                offset = start + written - self.asked
                 return f"{offset} bytes behind the end of an allocation of {self.asked} bytes"
         return ""
 
