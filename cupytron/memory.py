@@ -231,7 +231,7 @@ def explained(
     try:
         yield
     except Exception as error:
-        if not device.gpu or not _out_of_memory(error, device):
+        if not device.gpu or not is_shortage(error):
             raise
         parallel = config.parallel.model_copy(update=context.sizes)
         config = config.model_copy(update={"parallel": parallel})
@@ -245,8 +245,15 @@ def explained(
         ) from error
 
 
-def _out_of_memory(error: Exception, device: Any) -> bool:
-    if isinstance(error, device.xp.cuda.memory.OutOfMemoryError):
-        return True
-    runtime = device.xp.cuda.runtime.CUDARuntimeError  # of a graph, or of a library
-    return isinstance(error, runtime) and "cudaErrorMemoryAllocation" in str(error)
+# what CuPy's pools, the runtime, the driver and libraries say of it
+_SHORTAGE = (
+    "Out of memory allocating",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "ALLOC_FAILED",
+)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error means that the device has too little memory."""
+    return any(words in str(error) for words in _SHORTAGE)

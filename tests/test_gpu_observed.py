@@ -351,8 +351,13 @@ def test_other_errors_stay_what_they_are(cupy):
         with pytest.raises(type(wrong)) as error, explained(config, model, context):
             raise wrong
         assert error.value is wrong
-    with pytest.raises(CupytronError, match="out of memory"), explained(config, model, context):
-        raise cupy.cuda.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+    for said in (
+        "cudaErrorMemoryAllocation: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",  # a kernel is loaded
+        "ALLOC_FAILED (3)",  # of cuBLASLt
+    ):
+        with pytest.raises(CupytronError, match="out of memory"), explained(config, model, context):
+            raise cupy.cuda.runtime.CUDARuntimeError(said)
     with pytest.raises(MemoryError), explained(config, model, ParallelContext()):
         raise MemoryError
 

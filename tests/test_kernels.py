@@ -10,6 +10,8 @@ from simulated import simulated_gpu
 
 from cupytron import ops
 from cupytron.kernels import activation, dropout, embedding, loader, norm, rotary, sums
+from cupytron.nn import Dropout
+from cupytron.stash import MicroBatch, Stash
 
 ODD = Sizes(3, 7, rows=5, length=3, head_size=6, shift=1)
 ONE = Sizes(1, 1, rows=1, batch=1, length=1, kv_heads=1, groups=1, head_size=2)
@@ -187,6 +189,20 @@ def test_numbers_go_to_the_device_without_a_copy(cupy):
     dropout.dropout(x, 0.5, (1, 2), 3, 4)
     assert not [entry for entry in cupy.sim.log if entry[0] == "copy"]
     assert cupy.sim.synchronisations == 0
+
+
+def test_the_layer_of_dropout_is_one_kernel(cupy):
+    step = cupy.asarray(np.int64(3))
+    batch = MicroBatch(1, 4, None, step, cupy.asarray(np.int64(8)), training=True)
+    layer, x = Dropout(0.5), cupy.asarray(np.ones((4, 16), np.float32))
+    layer.name = "a"
+    ops.use({"dropout": dropout.dropout})
+    try:
+        cupy.sim.clear()
+        layer.forward(x, Stash(batch))
+    finally:
+        ops.use(None)
+    assert [kind for kind, *_ in cupy.sim.log] == ["launch"]
 
 
 def test_dropout_of_a_graph_goes_on_with_the_step(cupy):

@@ -54,6 +54,18 @@ def test_head_too_large(cupy):
         attention.attention(q, k, k)
 
 
+def test_nothing_is_done_for_no_tokens(cupy):
+    """A grid of no blocks would be launched as one of one block, which reads what is not there."""
+    q, k = cupy.zeros((0, 4, 1, 1, 8), np.float32), cupy.zeros((0, 4, 1, 8), np.float32)
+    o, lse = attention.attention(q, k, k)
+    attention.attention_backward(o, q, k, k, o, lse, (q, k, k))
+    assert o.shape == q.shape and lse.shape == (0, 1, 1, 4)
+    logits, targets = cupy.zeros((0, 9), np.float32), cupy.zeros(0, np.int64)
+    assert cross_entropy.cross_entropy(logits, targets, 1.0).item() == 0
+    own = cross_entropy.shard_exponentials(logits, targets, 0)
+    assert cross_entropy.shard_cross_entropy(logits, targets, own, own[None], 1.0, 0).item() == 0
+
+
 def test_dropout_at_its_threshold(cupy):
     """Of 65536 equally likely numbers, the one that p itself stands for is kept."""
     key, token, step = (3, 5), 20, 2

@@ -23,6 +23,8 @@ def attention(q: Any, k: Any, v: Any, dropout: AttentionDropout | None = None) -
     batch, seq, kv_heads, group, size = q.shape
     o = xp.empty(q.shape, q.dtype)
     lse = xp.empty((batch, kv_heads, group, seq), backend.at_least_float32(q.dtype))
+    if not q.size:  # CuPy launches one block at least
+        return o, lse
     _function("attention_forward", q, k, v)(
         _grid(q, seq, kv_heads * group),
         (_THREADS,),
@@ -55,6 +57,8 @@ def attention_backward(
     assert k.shape[1] == seq, "the gradient of attention over a cache of keys is nobody's"
     heads = kv_heads * group
     dq, dk, dv = out
+    if not q.size:
+        return
     do = xp.ascontiguousarray(do)
     dots = xp.empty_like(lse)
     rows = batch * seq * heads

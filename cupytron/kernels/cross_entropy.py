@@ -48,7 +48,7 @@ def shard_cross_entropy(
     scale = _on_device(xp, scale)
     losses, factors = xp.empty(tokens, np.float64), xp.empty((2, tokens), np.float64)
     loader.function("cross_entropy", "shard_losses", exponentials.dtype, _vec(exponentials))(
-        (-(-tokens // 256),),
+        (max(1, -(-tokens // 256)),),
         (256,),
         (
             *(targets, own, xp.ascontiguousarray(everyone), scale, losses, factors),
@@ -62,6 +62,8 @@ def shard_cross_entropy(
 def _over_rows(name: str, rows: Any, *arguments: Any) -> None:
     """Launch a kernel with a block for each row."""
     assert rows.flags.c_contiguous, "logits have to be contiguous"
+    if not len(rows):  # CuPy launches one block at least
+        return
     vec = _vec(rows)
     accesses = -(-rows.shape[1] // vec)
     rounds = max(1, -(-accesses // 1024))

@@ -24,7 +24,9 @@ class Dropout(Layer):
         if not self.p or not batch.training:
             return x
         key = philox.key_of(batch.seed, "dropout", self.name)
-        first = batch.first_token + self.token_shard * len(x)
+        first = batch.first_token
+        if self.token_shard:  # on a GPU a kernel of its own
+            first = first + self.token_shard * len(x)
         y, mask = ops.dropout(x, self.p, key, batch.step, first)
         stash.push(self, mask)
         return y
