@@ -645,7 +645,6 @@ def a_device(cupy):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(trial, "FLUSH", 1 << 12)
     with simulated_libraries(), simulated_gpu() as cupy:
         cupy.cuda.Stream(non_blocking=True).use()
         yield cupy
@@ -670,6 +669,25 @@ def test_on_a_gpu_only_what_can_be_captured_is_chosen(gpu):
             assert why.startswith("it cannot be captured into a graph: ")
         # what was needed for trying came from elsewhere: this pool may be a graph's
         assert gpu.get_default_memory_pool().total_bytes() <= used + 512
+
+
+def test_on_a_gpu_what_is_far_slower_is_not_measured_to_the_end(gpu):
+    """The reference's attention is thousands of launches, and a first step should not take minutes."""
+    calls = []
+
+    def slow(x):
+        calls.append("slow")
+        time.sleep(SLEEP * 5)
+        return x * 2
+
+    tuner = a_tuner(graphs=True, device=a_device(gpu))
+    call = tuner.wrap("double", {"quick": lambda x: x * 2, "slow": slow}, "slow")
+    with tuner.tuning():
+        call(gpu.ones((2, 3)))
+    found = tuner.found()["double", "x 2x3 float64"]
+    assert found.choice == "quick" and found.times["slow"] >= SLEEP * 5
+    # for the result, compared, roughly timed twice; not captured, nor timed 1 + 3 times
+    assert calls.count("slow") == 4
 
 
 def test_while_a_graph_is_captured_nothing_is_tried(gpu):

@@ -125,9 +125,9 @@ class Operation:
         for name, functions in self.candidates.items():
             call = functools.partial(self.attempt, functions, *scratch)
             try:
-                why = trial.disagreement(attempt(functions), wanted, allowed)
-                if why is None and graphs and xp is not np:
-                    why = trial.not_captured(xp, call)
+                own = wanted if functions == self.reference else attempt(functions)
+                why = trial.disagreement(own, wanted, allowed)
+                del own
             except Exception as error:
                 why = trial.reason(error)
             if why is None:
@@ -135,8 +135,17 @@ class Operation:
             else:
                 refused[name] = why
         del wanted
-        times, failed = trial.seconds(calls, warmup, rounds, xp) if len(calls) > 1 else ({}, {})
+        slow = trial.hopeless(calls, xp) if xp is not np else {}
+        for name in list(calls):
+            if name in slow:
+                del calls[name]
+            elif graphs and xp is not np and (why := trial.not_captured(xp, calls[name])):
+                refused[name] = why
+                del calls[name]
+        several = len(calls) + len(slow) > 1
+        times, failed = trial.seconds(calls, warmup, rounds, xp) if several else ({}, {})
         refused.update(failed)
+        times.update(slow)
         left = times or dict.fromkeys(calls, 0.0)
         return Choice(self.fastest(left), times, refused)
 

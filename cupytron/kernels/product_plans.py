@@ -7,9 +7,11 @@ A choice decides about the last bits of a result. Processes that have to agree o
 import threading
 from typing import Any
 
+from cupytron.kernels import trial
 from cupytron.kernels.cublaslt import Plan, Problem, current_stream
 
 _ROUNDS, _REPEATS = 3, 4
+_COVER = 256 << 20  # bytes that the device writes while Python enqueues what is timed
 _TIE = 1.02  # timings closer than this are noise, and the library's order decides
 
 _plans: dict[tuple[int, Problem], Plan] = {}  # by device
@@ -65,12 +67,11 @@ def choose(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int = 0) -> N
         if plan.decided or not _timing or current_stream().is_capturing():
             return
         try:
-            spare = cupy.zeros(scratch, "uint8")
+            with trial.apart(cupy):
+                _choices[plan.problem.key] = _fastest(plan, a, b, d, bias, scratch)
         except cupy.cuda.memory.OutOfMemoryError:
             plan.decided = True
             return
-        target = spare.data.ptr if scratch else d
-        _choices[plan.problem.key] = _fastest(plan, (a, b, target, bias))
         _take_choice(plan)
 
 
@@ -80,17 +81,20 @@ def _take_choice(plan: Plan) -> None:
     plan.decided = plan.problem.key in _choices
 
 
-def _fastest(plan: Plan, pointers: tuple[int, int, int, int]) -> int:
+def _fastest(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int) -> int:
     """Index of the algorithm that takes the least time on the current stream; waits for it."""
     import cupy
 
     stream: Any = current_stream()
+    spare, cover = cupy.zeros(scratch, "uint8"), cupy.empty(_COVER, "uint8")
+    pointers = a, b, (spare.data.ptr if scratch else d), bias
     for index in range(plan.count):
         plan.run(*pointers, algorithm=index)  # the first launch loads the kernel
     times = [float("inf")] * plan.count
     for _ in range(_ROUNDS):
         for index in range(plan.count):
             start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+            cover.fill(0)
             start.record(stream)
             for _ in range(_REPEATS):
                 plan.run(*pointers, algorithm=index)
