@@ -94,6 +94,7 @@ class Cupytron:
             self.trainer.context.device.stream.synchronize()
             for graph in list(self.trainer.context.device.graphs):
                 graph.forget()
+                graph.pool.free_all_blocks()  # the activations
         self._give_back()
 
     def drop(self) -> None:

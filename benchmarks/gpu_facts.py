@@ -142,7 +142,9 @@ def cuda_aware_mpi(gpu: Gpu) -> Json:
         "from mpi4py import MPI; from cupytron.comm import cuda_aware; "
         "print(MPI.Get_library_version().splitlines()[0][:60], '|', cuda_aware.says_so())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
+    )
     if done.returncode:
         raise Skipped(f"mpi4py has no library: {done.stderr.strip().splitlines()[-1][:200]}")
     library, _, said = done.stdout.strip().rpartition(" | ")

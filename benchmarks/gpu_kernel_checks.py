@@ -1,6 +1,7 @@
 """Every kernel against its definition in float64: the cases of tests/kernel_cases*.py, on this GPU.
 
-Each case runs twice on memory that is poisoned with NaN, and has to give the same bits both times.
+Each case runs twice on memory that is poisoned with NaN, and has to give the same bits both times, but for
+those that add in any order.
 """
 
 import functools
@@ -71,7 +72,7 @@ def check(gpu: Gpu, module: Any, name: str, dtype: str) -> Json:
                 share = error / limit if error == error else math.inf
                 if share >= worst:
                     worst, figures = share, (error, f"{output} ({size})", limit)
-        if digests[0] != digests[1]:
+        if digests[0] != digests[1] and name not in getattr(module, "ANY_ORDER", ()):
             different.append(size)
     error, where, limit = figures
     found = {"error": error, "at": where, "limit": limit}
@@ -131,3 +132,4 @@ def _poisoned(gpu: Gpu) -> Iterator[None]:
     with cuda.using_allocator(malloc):
         yield
     cuda.Device().synchronize()
+    pool.free_all_blocks()  # of a pool that is dropped nothing would come back

@@ -71,6 +71,10 @@ class _Maker:
     def _random(self, *shape: int, dtype: Any = BFLOAT16, seed: int = 0) -> Any:
         return random(self.gpu, shape, dtype, seed=seed)
 
+    def _number(self, value: float) -> Any:
+        """As training has it: on the device, where a graph reads it anew."""
+        return self.gpu.cupy.full((), value, np.int64 if isinstance(value, int) else np.float64)
+
     def _case(self, operation: str, make: Callable[[int], tuple[Any, ...]], nbytes: int) -> Case:
         return Case(operation, self.ops.get(operation), lambda i: (make(i), {}), nbytes)
 
@@ -96,7 +100,9 @@ class _Maker:
         )
         found["sum_rows"] = self._case("sum_rows", lambda i: (x(),), size)
         found["dropout"] = self._case(
-            "dropout", lambda i: (residual(), 0.2, (1, 2), 3, 4), 5 * t * d
+            "dropout",
+            lambda i: (residual(), 0.2, (1, 2), self._number(3), self._number(4)),
+            5 * t * d,
         )
         found["dropout_backward"] = self._case(
             "dropout_backward", lambda i: (residual(), self._mask(t, d), 0.2), 5 * t * d
@@ -151,7 +157,9 @@ class _Maker:
                 2 * t * d + 8 * v * d,
             ),
             "cross_entropy": self._case(
-                "cross_entropy", lambda i: (self._random(rows, v), ids(i, rows), 1e-3), 2 * rows * v
+                "cross_entropy",
+                lambda i: (self._random(rows, v), ids(i, rows), self._number(1e-3)),
+                2 * rows * v,
             ),
         }
 
@@ -193,19 +201,23 @@ class _Maker:
         from cupytron.ops import AttentionDropout
 
         batch, length, kv_heads, group, size = heads
-        drops = (AttentionDropout(dropout, (1, 2), 3, 4, 0),) if dropout else ()
         packed = (batch, length, kv_heads, group + 2, size)
         out = (batch, length, kv_heads, group, size)
         nbytes = 2 * int(np.prod(packed))
 
+        def drops() -> tuple[Any, ...]:
+            numbers = (self._number(3), self._number(4)) if dropout else ()
+            return (AttentionDropout(dropout, (1, 2), *numbers, 0),) if dropout else ()
+
         def views(i: int) -> tuple[Any, ...]:
-            return *parts(self._random(*packed, seed=i)), *drops
+            return *parts(self._random(*packed, seed=i)), *drops()
 
         def backward(i: int) -> tuple[Any, ...]:
             q, k, v = views(i)[:3]
-            o, lse = self.ops["attention"](q, k, v, *drops)
+            last = drops()
+            o, lse = self.ops["attention"](q, k, v, *last)
             into = parts(self.gpu.cupy.empty(packed, BFLOAT16))
-            return self._random(*out, seed=9), q, k, v, o, lse, into, *drops
+            return self._random(*out, seed=9), q, k, v, o, lse, into, *last
 
         return {
             f"{model} attention": self._case("attention", views, nbytes),

@@ -31,7 +31,9 @@ MESHES = {
     ],
 }
 TINY_MESHES = ["--tp 2 --num-layers 1"]
-CUPYTRON = [sys.executable, "-c", "from cupytron.cli.main import run; run()"]
+# -P: not the folder named cupytron that may lie here, without cupytron.cli, but what is installed
+PYTHON = [sys.executable, "-P", "-c"]
+CUPYTRON = [*PYTHON, "from cupytron.cli.main import run; run()"]
 
 
 def _verify_words(cases: list[str], folder: Path) -> list[str]:
@@ -77,6 +79,12 @@ def ranks_under_mpi(gpu: Gpu, ranks: int, comm: str) -> Json:
         raise Skipped("processes do not share a simulated GPU")
     if (launcher := mpirun()) is None:
         raise Skipped("no mpirun: pip install mpich")
+    loaded = subprocess.run(
+        [*PYTHON, "import mpi4py.MPI"], capture_output=True, text=True, timeout=60
+    )
+    if loaded.returncode:  # pip install --target leaves out the libraries of its wheel
+        why = (loaded.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise Skipped(f"mpi4py finds no MPI library: {why[:200]}")
     cases = MESHES[ranks]
     with tempfile.TemporaryDirectory() as folder:
         words = [*_verify_words(cases, Path(folder)), "--comm", comm]

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import tempfile
@@ -14,7 +15,7 @@ from gpu_model_checks import FULL, losses_of, trainer_on
 from gpu_model_checks import TINY as TINY_MODEL
 from gpu_report import Gpu
 
-from cupytron.errors import CupytronError
+from cupytron import memory
 
 RUN = [
     "model.num_layers=2",
@@ -143,6 +144,7 @@ def _little_memory(gpu: Gpu, count: int) -> Iterator[None]:
             yield
         return
     runtime = gpu.cupy.cuda.runtime
+    gc.collect()  # a pool that runs short does so, and would find what trainers before this one have held
     gpu.cupy.get_default_memory_pool().free_all_blocks()
     ballast = runtime.malloc(max(1, runtime.memGetInfo()[0] - count))
     try:
@@ -178,8 +180,9 @@ def recording_in_little_memory(gpu: Gpu) -> Json:
         try:
             with _little_memory(gpu, total * percent // 100):
                 losses, _ = _with_pools(settings, steps)
-        except (MemoryError, CupytronError) as error:
-            hold("emory" in str(error), f"at {percent}%: {error}", found)
+        except Exception as error:
+            short = memory.is_shortage(error) or "out of memory" in str(error)
+            hold(short, f"at {percent}%: {type(error).__name__}: {error}", found)
             found[f"{percent}%"] = "out of memory"
             continue
         found[f"{percent}%"] = "trained" if losses == wanted else "wrong losses"

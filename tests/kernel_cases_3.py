@@ -269,3 +269,11 @@ CASES = {
         cudnn_dropout,
     )
 }
+# cuDNN adds the parts of a query's gradient in any order unless it is asked not to
+ANY_ORDER = {
+    "cudnn_packed",
+    "cudnn_grouped",
+    "cudnn_one_kv_head",
+    "cudnn_separate",
+    "cudnn_dropout",
+}

@@ -191,6 +191,11 @@ def test_other_bits_the_second_time_are_seen(gpu, monkeypatch):
 
     monkeypatch.setattr(activation, "relu", moody)
     assert "other bits the second time" in why_it_fails(checks["relu"])
+    cases = module("kernel_cases")
+    monkeypatch.setattr(cases, "ANY_ORDER", {"relu"}, raising=False)
+    holds(checks["relu"])
+    libraries = module("kernel_cases_3")
+    assert libraries.ANY_ORDER < set(libraries.CASES) - {"cudnn_deterministic"}
 
 
 # models
@@ -359,6 +364,18 @@ def test_speed_of_cupytron_alone(tmp_path, capsys):
     assert set(record["contenders"]["cupytron"]["tried"]) <= {"2", "3"}
     assert "| cupytron |" in capsys.readouterr().out
     assert {"bandwidth", "rate"} == set(record["ceilings"])
+
+
+def test_who_is_parked_holds_no_activations(gpu):
+    cupytron = module("gpu_cupytron").Cupytron(gpu)
+    cupytron.build("shakespeare-char", [*TINY_GPT2, "model.dropout=0"], 2)
+    device = cupytron.trainer.context.device
+    held = [graph.pool.total_bytes() for graph in device.graphs]
+    assert sum(held) > 0
+    cupytron.park()
+    left = sum(graph.pool.total_bytes() for graph in device.graphs)
+    assert left < sum(held) / 10  # the last loss
+    assert cupytron.run(2)["loss"] > 0
 
 
 def test_every_kernel_is_measured_in_a_graph(tmp_path):
