@@ -54,22 +54,51 @@ __device__ inline void store(X* to, const Pack<X, N>& values) {
     *reinterpret_cast<Pack<X, N>*>(to) = values;
 }
 
-// The same for numbers that are computed with: N neighbours widened, or rounded
-template <int N, typename X>
-__device__ inline Pack<A, N> read(const X* from) {
-    Pack<X, N> packed = load<X, N>(from);
+// N neighbours, widened to be computed with, or rounded
+template <typename X, int N>
+__device__ inline Pack<A, N> widen(const Pack<X, N>& packed) {
     Pack<A, N> wide;
 #pragma unroll
     for (int j = 0; j < N; j++) wide.at[j] = widen(packed.at[j]);
     return wide;
 }
 
-template <int N, typename X>
-__device__ inline void write(X* to, const Pack<A, N>& wide) {
+// A bfloat16 is the upper half of a float32. In pairs: the compiler takes two instructions for a word's
+// second number, unless it is shown that one is enough
+template <int N>
+__device__ inline Pack<A, N> widen(const Pack<__nv_bfloat16, N>& packed) {
+    Pack<A, N> wide;
+    if constexpr (N % 2 == 0) {
+        Pack<u32, N / 2> words;
+        memcpy(&words, &packed, sizeof(words));
+#pragma unroll
+        for (int j = 0; j < N; j += 2) {
+            wide.at[j] = __uint_as_float(words.at[j / 2] << 16);
+            wide.at[j + 1] = __uint_as_float(words.at[j / 2] & 0xffff0000u);
+        }
+    } else {
+        static_assert(N == 1, "packs are pairs");
+        wide.at[0] = widen(packed.at[0]);
+    }
+    return wide;
+}
+
+template <typename X, int N>
+__device__ inline Pack<X, N> narrow(const Pack<A, N>& wide) {
     Pack<X, N> rounded;
 #pragma unroll
     for (int j = 0; j < N; j++) rounded.at[j] = narrow<X>(wide.at[j]);
-    store(to, rounded);
+    return rounded;
+}
+
+template <int N, typename X>
+__device__ inline Pack<A, N> read(const X* from) {
+    return widen(load<X, N>(from));
+}
+
+template <int N, typename X>
+__device__ inline void write(X* to, const Pack<A, N>& wide) {
+    store(to, narrow<X>(wide));
 }
 
 // body(pack, k) for the packs of a flat array that this thread has, COUNT at most. A kernel goes through
