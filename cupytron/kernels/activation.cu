@@ -50,26 +50,28 @@ struct Relu {
 // y = F(x)
 template <typename F>
 __device__ inline void forward(const T* __restrict__ x, T* __restrict__ y, i64 packs) {
-    Pack<A, VEC> values[PACKS];
-    flat_packs<PACKS>(packs, [&](i64 i, int k) { values[k] = read<VEC>(x + i * VEC); });
+    Pack<T, VEC> loaded[PACKS];
+    flat_packs<PACKS>(packs, [&](i64 i, int k) { loaded[k] = load<T, VEC>(x + i * VEC); });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> values = widen(loaded[k]);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) values[k].at[j] = F::value(values[k].at[j]);
-        write(y + i * VEC, values[k]);
+        for (int j = 0; j < VEC; j++) values.at[j] = F::value(values.at[j]);
+        write(y + i * VEC, values);
     });
 }
 
 // dx = dy F'(x); dx may be dy's memory
 template <typename F>
 __device__ inline void backward(const T* dy, const T* __restrict__ x, T* dx, i64 packs) {
-    Pack<A, VEC> values[PACKS], gradients[PACKS];
+    Pack<T, VEC> loaded_x[PACKS], loaded_dy[PACKS];
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
-        values[k] = read<VEC>(x + i * VEC), gradients[k] = read<VEC>(dy + i * VEC);
+        loaded_x[k] = load<T, VEC>(x + i * VEC), loaded_dy[k] = load<T, VEC>(dy + i * VEC);
     });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> values = widen(loaded_x[k]), gradients = widen(loaded_dy[k]);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) gradients[k].at[j] *= F::slope(values[k].at[j]);
-        write(dx + i * VEC, gradients[k]);
+        for (int j = 0; j < VEC; j++) gradients.at[j] *= F::slope(values.at[j]);
+        write(dx + i * VEC, gradients);
     });
 }
 
@@ -99,15 +101,16 @@ __device__ inline i64 offset(u64 i, u64 packs_of_row, i64 stride) {
 // y = silu(gate) * up, silu(g) = g sigmoid(g); y is contiguous, gate and up may be columns of one array
 extern "C" __global__ void swiglu(const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ y,
                                   i64 packs, i64 packs_of_row, i64 gate_stride, i64 up_stride) {
-    Pack<A, VEC> g[PACKS], u[PACKS];
+    Pack<T, VEC> loaded_gate[PACKS], loaded_up[PACKS];
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
-        g[k] = read<VEC>(gate + offset(i, packs_of_row, gate_stride));
-        u[k] = read<VEC>(up + offset(i, packs_of_row, up_stride));
+        loaded_gate[k] = load<T, VEC>(gate + offset(i, packs_of_row, gate_stride));
+        loaded_up[k] = load<T, VEC>(up + offset(i, packs_of_row, up_stride));
     });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> g = widen(loaded_gate[k]), u = widen(loaded_up[k]);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) u[k].at[j] *= g[k].at[j] * sigmoid(g[k].at[j]);
-        write(y + i * VEC, u[k]);
+        for (int j = 0; j < VEC; j++) u.at[j] *= g.at[j] * sigmoid(g.at[j]);
+        write(y + i * VEC, u);
     });
 }
 
@@ -116,20 +119,21 @@ extern "C" __global__ void swiglu_backward(const T* __restrict__ dy, const T* __
                                            const T* __restrict__ up, T* __restrict__ dgate,
                                            T* __restrict__ dup, i64 packs, i64 packs_of_row,
                                            i64 gate_stride, i64 up_stride) {
-    Pack<A, VEC> g[PACKS], u[PACKS], d[PACKS];
+    Pack<T, VEC> loaded_gate[PACKS], loaded_up[PACKS], loaded_dy[PACKS];
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
-        g[k] = read<VEC>(gate + offset(i, packs_of_row, gate_stride));
-        u[k] = read<VEC>(up + offset(i, packs_of_row, up_stride));
-        d[k] = read<VEC>(dy + i * VEC);
+        loaded_gate[k] = load<T, VEC>(gate + offset(i, packs_of_row, gate_stride));
+        loaded_up[k] = load<T, VEC>(up + offset(i, packs_of_row, up_stride));
+        loaded_dy[k] = load<T, VEC>(dy + i * VEC);
     });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> g = widen(loaded_gate[k]), u = widen(loaded_up[k]), d = widen(loaded_dy[k]);
 #pragma unroll
         for (int j = 0; j < VEC; j++) {
-            A s = sigmoid(g[k].at[j]), silu = g[k].at[j] * s;
-            g[k].at[j] = d[k].at[j] * u[k].at[j] * (s + silu * (1 - s));
-            u[k].at[j] = d[k].at[j] * silu;
+            A s = sigmoid(g.at[j]), silu = g.at[j] * s;
+            g.at[j] = d.at[j] * u.at[j] * (s + silu * (1 - s));
+            u.at[j] = d.at[j] * silu;
         }
-        write(dgate + i * VEC, g[k]);
-        write(dup + i * VEC, u[k]);
+        write(dgate + i * VEC, g);
+        write(dup + i * VEC, u);
     });
 }

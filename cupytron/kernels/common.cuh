@@ -91,6 +91,8 @@ __device__ inline Pack<X, N> narrow(const Pack<A, N>& wide) {
     return rounded;
 }
 
+// Only where nothing else is to be loaded before the numbers are computed with: under a condition, as at
+// the end of an array, the compiler widens them at once, and the next load waits until these have come
 template <int N, typename X>
 __device__ inline Pack<A, N> read(const X* from) {
     return widen(load<X, N>(from));
@@ -102,7 +104,7 @@ __device__ inline void write(X* to, const Pack<A, N>& wide) {
 }
 
 // body(pack, k) for the packs of a flat array that this thread has, COUNT at most. A kernel goes through
-// them twice, first reading and then writing: so all reads are on their way at once.
+// them twice, first loading and nothing else, then computing: so all loads are on their way at once.
 template <int COUNT, typename Body>
 __device__ inline void flat_packs(i64 packs, Body body) {
     i64 first = i64(blockIdx.x) * blockDim.x * COUNT + threadIdx.x;

@@ -46,14 +46,15 @@ extern "C" __global__ void dropout_address(const i64* __restrict__ step, const i
 
 extern "C" __global__ void dropout_backward(const T* __restrict__ dy, const bool* __restrict__ mask,
                                             T* __restrict__ dx, A scale, i64 packs) {
-    Pack<A, VEC> values[PACKS];
+    Pack<T, VEC> loaded[PACKS];
     Pack<bool, VEC> keep[PACKS];
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
-        values[k] = read<VEC>(dy + i * VEC), keep[k] = load<bool, VEC>(mask + i * VEC);
+        loaded[k] = load<T, VEC>(dy + i * VEC), keep[k] = load<bool, VEC>(mask + i * VEC);
     });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> values = widen(loaded[k]);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) values[k].at[j] *= keep[k].at[j] ? scale : A(0);
-        write(dx + i * VEC, values[k]);
+        for (int j = 0; j < VEC; j++) values.at[j] *= keep[k].at[j] ? scale : A(0);
+        write(dx + i * VEC, values);
     });
 }

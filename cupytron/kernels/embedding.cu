@@ -87,16 +87,20 @@ __device__ inline Pack<A, VEC> sum_list(const X* __restrict__ x, const int* __re
                                         int end, i64 width) {
     Pack<A, VEC> sum = {};
     while (t < end) {
-        Pack<A, VEC> values[AHEAD];
+        Pack<X, VEC> loaded[AHEAD];
+        int from[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            values[k] = {};
-            if (t < end) values[k] = read<VEC>(x + t * width), t = follow[t];
+            from[k] = t;
+            if (t < end) loaded[k] = load<X, VEC>(x + t * width), t = follow[t];
         }
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++)
+        for (int k = 0; k < AHEAD; k++) {
+            if (from[k] >= end) break;
+            Pack<A, VEC> values = widen(loaded[k]);
 #pragma unroll
-            for (int j = 0; j < VEC; j++) sum.at[j] += values[k].at[j];
+            for (int j = 0; j < VEC; j++) sum.at[j] += values.at[j];
+        }
     }
     return sum;
 }

@@ -46,14 +46,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 // total += x
 template <typename X, typename Y>
 __device__ inline void add(X* total, const Y* x, i64 packs) {
-    Pack<A, VEC> sums[PACKS], values[PACKS];
+    Pack<X, VEC> loaded_total[PACKS];
+    Pack<Y, VEC> loaded_x[PACKS];
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
-        sums[k] = read<VEC>(total + i * VEC), values[k] = read<VEC>(x + i * VEC);
+        loaded_total[k] = load<X, VEC>(total + i * VEC), loaded_x[k] = load<Y, VEC>(x + i * VEC);
     });
     flat_packs<PACKS>(packs, [&](i64 i, int k) {
+        Pack<A, VEC> sums = widen(loaded_total[k]), values = widen(loaded_x[k]);
 #pragma unroll
-        for (int j = 0; j < VEC; j++) sums[k].at[j] += values[k].at[j];
-        write(total + i * VEC, sums[k]);
+        for (int j = 0; j < VEC; j++) sums.at[j] += values.at[j];
+        write(total + i * VEC, sums);
     });
 }
 
