@@ -14,6 +14,9 @@
 constexpr int THREADS = TEAM == 32 ? 256 : TEAM;
 constexpr int TEAMS = THREADS / TEAM;        // rows that a block has at once
 constexpr int KEPT = PACKS > 0 ? PACKS : 1;  // packs in registers
+// of backward on a multiprocessor, which norm.py launches: they may have all of its registers
+constexpr int BLOCKS = THREADS < 512 ? 512 / THREADS : 1;
+using Loaded = Pack<T, VEC>;
 using Values = Pack<A, VEC>;
 
 // body(offset in the row, which of the kept packs) for each of this thread's packs
@@ -28,6 +31,18 @@ __device__ inline void for_packs(int width, Body body) {
         }
     } else {
         for (int at = first; at < width; at += TEAM * VEC) body(at, 0);
+    }
+}
+
+// The same after fetch(offset, which). Where packs are kept, all are fetched before body computes with the
+// first: one by one, each would wait for memory.
+template <typename Fetch, typename Body>
+__device__ inline void fetch_packs(int width, Fetch fetch, Body body) {
+    if constexpr (PACKS > 0) {
+        for_packs(width, fetch);
+        for_packs(width, body);
+    } else {
+        for_packs(width, [&](int at, int k) { fetch(at, k), body(at, k); });
     }
 }
 
@@ -61,16 +76,22 @@ __device__ inline void norm(const T* __restrict__ x, const T* delta, T* total,
     x += row * width, y += row * width;
     if constexpr (ADD) delta += row * width, total += row * width;
 
+    Loaded loaded[KEPT], added[KEPT];
     Values kept[KEPT];
     A sum = 0;
-    for_packs(width, [&](int at, int k) {
-        Values values = read<VEC>(x + at);
+    auto fetch = [&](int at, int k) {
+        loaded[k] = load<T, VEC>(x + at);
+        if constexpr (ADD) added[k] = load<T, VEC>(delta + at);
+    };
+    fetch_packs(width, fetch, [&](int at, int k) {
+        Values values = widen(loaded[k]);
         if constexpr (ADD) {
-            Values added = read<VEC>(delta + at);
+            Values more = widen(added[k]);
 #pragma unroll
-            for (int j = 0; j < VEC; j++)  // rounded as total is: backward sees no other
-                values.at[j] = widen(narrow<T>(values.at[j] + added.at[j]));
-            if constexpr (PACKS == 0) write(total + at, values);
+            for (int j = 0; j < VEC; j++) values.at[j] += more.at[j];
+            loaded[k] = narrow<T>(values);
+            store(total + at, loaded[k]);
+            values = widen(loaded[k]);  // rounded as total is: backward sees no other
         }
 #pragma unroll
         for (int j = 0; j < VEC; j++) sum += values.at[j];
@@ -86,7 +107,6 @@ __device__ inline void norm(const T* __restrict__ x, const T* delta, T* total,
     A squares = 0;
     for_packs(width, [&](int at, int k) {
         Values values = value(at, k);
-        if constexpr (ADD && PACKS > 0) write(total + at, values);  // not above: loads go first
 #pragma unroll
         for (int j = 0; j < VEC; j++)
             squares += (values.at[j] - mean) * (values.at[j] - mean);
@@ -165,24 +185,37 @@ __device__ inline void norm_backward(const T* __restrict__ dy, const T* __restri
     for (i64 row = first; row < rows; row += i64(gridDim.x) * TEAMS) {
         i64 start = row * width;
         A mean = stats[2 * row], rstd = stats[2 * row + 1];
-        Pack<T, VEC> kept_dy[KEPT], kept_x[KEPT];  // as they were read: fewer registers than xhat and dxhat
+        // as they were read: fewer registers than xhat and dxhat
+        Loaded kept_dy[KEPT], kept_x[KEPT], kept_residual[KEPT];
+        auto fetch = [&](int at, int k) {
+            kept_dy[k] = load<T, VEC>(dy + start + at), kept_x[k] = load<T, VEC>(x + start + at);
+        };
+        auto fetch_residual = [&](int at, int k) {
+            if (residual) kept_residual[k] = load<T, VEC>(residual + start + at);
+        };
+        if constexpr (PACKS > 0) {
+            for_packs(width, fetch);
+            for_packs(width, fetch_residual);
+        }
+
         Values gradient, xhat, dxhat;
         // these three for a pack
         auto make = [&](int at, int k) {
-            Values scale = read<VEC>(weight + at);
+            Values scale = read<VEC>(weight + at), row_of_x = widen(kept_x[k]);
+            gradient = widen(kept_dy[k]);
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
-                gradient.at[j] = widen(kept_dy[k].at[j]);
-                xhat.at[j] = (widen(kept_x[k].at[j]) - mean) * rstd;
+                xhat.at[j] = (row_of_x.at[j] - mean) * rstd;
                 dxhat.at[j] = gradient.at[j] * scale.at[j];
             }
         };
 
         A along_ones = 0, along_xhat = 0;
         for_packs(width, [&](int at, int k) {
-            kept_dy[k] = load<T, VEC>(dy + start + at), kept_x[k] = load<T, VEC>(x + start + at);
-            if constexpr (PACKS == 0)
+            if constexpr (PACKS == 0) {
+                fetch(at, k);
                 dweight[k] = read<VEC>(own_weight + at), dbias[k] = read<VEC>(own_bias + at);
+            }
             make(at, k);
 #pragma unroll
             for (int j = 0; j < VEC; j++) {
@@ -198,11 +231,13 @@ __device__ inline void norm_backward(const T* __restrict__ dy, const T* __restri
         team_sums(along_ones, along_xhat, scratch);
         A mean_ones = CENTRED ? along_ones / width : A(0), mean_xhat = along_xhat / width;
         for_packs(width, [&](int at, int k) {
-            if constexpr (PACKS == 0)
-                kept_dy[k] = load<T, VEC>(dy + start + at), kept_x[k] = load<T, VEC>(x + start + at);
+            if constexpr (PACKS == 0) {
+                fetch(at, k);
+                fetch_residual(at, k);
+            }
             make(at, k);
             Values result = {};
-            if (residual) result = read<VEC>(residual + start + at);
+            if (residual) result = widen(kept_residual[k]);
 #pragma unroll
             for (int j = 0; j < VEC; j++)
                 result.at[j] += rstd * (dxhat.at[j] - mean_ones - xhat.at[j] * mean_xhat);
@@ -224,13 +259,13 @@ __device__ inline void norm_backward(const T* __restrict__ dy, const T* __restri
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     layer_norm_backward(const T* dy, const T* x, const A* stats, const T* weight, const T* residual, T* dx,
                         A* partial, i64 rows, int width) {
     norm_backward<true>(dy, x, stats, weight, residual, dx, partial, rows, width);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     rms_norm_backward(const T* dy, const T* x, const A* stats, const T* weight, const T* residual, T* dx,
                       A* partial, i64 rows, int width) {
     norm_backward<false>(dy, x, stats, weight, residual, dx, partial, rows, width);
