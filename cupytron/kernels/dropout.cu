@@ -13,7 +13,8 @@ extern "C" __global__ void dropout(const T* __restrict__ x, T* __restrict__ y, b
     u64 groups = (width + GROUP - 1) / GROUP;
     u64 row = i / groups, group = i % groups;
     if (row >= rows) return;
-    i64 at = row * width + group * GROUP;
+    // the same, but the compiler sees that it is a multiple of VEC: else it stores 4 bytes at once
+    i64 at = VEC > 1 ? i64(i) * GROUP : i64(row * width + group * GROUP);
     Words words = philox(u32(group), u32(*first_token + row), u32(*step), 0, key0, key1);
     Pack<bool, GROUP> keep;
 #pragma unroll
