@@ -6,6 +6,10 @@
 #include "common.cuh"
 
 constexpr i64 IGNORE = -1;  // a target that does not count
+constexpr int AHEAD = 2;    // packs of a thread that are on their way at once
+// of up to 1024 threads on a multiprocessor: while one waits, another computes. More would be more rows
+// than the cache has room for.
+constexpr int BLOCKS = sizeof(A) == 4 ? 2 : 1;
 
 __device__ inline A exponential(A x) {
     // exp2f is the cheaper one; the argument's rounding is far below that of a 16-bit result
@@ -33,13 +37,24 @@ __device__ inline Peak peak_of(const T* row, int width) {
     __shared__ A peaks[32];
     __shared__ A sums[32];
     Peak mine = nothing();
-    for (int at = threadIdx.x * VEC; at < width; at += blockDim.x * VEC) {
-        Pack<A, VEC> x = read<VEC>(row + at);
-        A peak = mine.peak;
-        for (int e = 0; e < VEC; e++) peak = x.at[e] > peak ? x.at[e] : peak;
-        A sum = mine.sum * exponential(mine.peak - base(peak));
-        for (int e = 0; e < VEC; e++) sum += exponential(x.at[e] - base(peak));
-        mine = {peak, sum};
+    int step = blockDim.x * VEC;
+    for (int at = threadIdx.x * VEC; at < width; at += AHEAD * step) {
+        Pack<T, VEC> loaded[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (at + k * step < width) loaded[k] = load<T, VEC>(row + at + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (at + k * step >= width) break;
+            Pack<A, VEC> x = widen(loaded[k]);
+            A peak = mine.peak;
+#pragma unroll
+            for (int e = 0; e < VEC; e++) peak = max(peak, x.at[e]);
+            A sum = mine.sum * exponential(mine.peak - base(peak));
+#pragma unroll
+            for (int e = 0; e < VEC; e++) sum += exponential(x.at[e] - base(peak));
+            mine = {peak, sum};
+        }
     }
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int stage = 0; stage < 2; stage++) {  // over a warp; then, in every warp, over the warps
@@ -58,16 +73,25 @@ __device__ inline Peak peak_of(const T* row, int width) {
     return mine;
 }
 
-// row[i] = change(row[i], i), from the end of the row to its beginning
+// change(pack, column of its first number) for a row's packs, from the end of the row to its beginning
 template <typename Change>
 __device__ inline void rewrite(T* row, int width, Change change) {
     int step = blockDim.x * VEC;
     for (int at = (width - 1) / step * step + threadIdx.x * VEC; at >= 0; at -= step) {
         if (at >= width) continue;
         Pack<A, VEC> x = read<VEC>(row + at);
-        for (int e = 0; e < VEC; e++) x.at[e] = change(x.at[e], at + e);
+        change(x, at);
         write<VEC>(row + at, x);
     }
+}
+
+// change(number) for the one in `column`, if it is in the pack that begins at `at`: few packs have it
+template <typename Change>
+__device__ inline void change_one(Pack<A, VEC>& x, int at, int column, Change change) {
+    if (u32(column) - u32(at) >= VEC) return;
+#pragma unroll
+    for (int e = 0; e < VEC; e++)
+        if (at + e == column) change(x.at[e]);
 }
 
 __device__ inline void clear(T* row, int width) {
@@ -78,7 +102,7 @@ __device__ inline void clear(T* row, int width) {
 
 // logits (T, width) become the gradient, scale (softmax - target); losses (T,), without the scale. A target
 // outside of the vocabulary makes its loss NaN.
-extern "C" __global__ void cross_entropy(
+extern "C" __global__ void __launch_bounds__(1024, BLOCKS) cross_entropy(
     T* logits, const i64* targets, const double* scale, double* losses, int width) {
     i64 token = blockIdx.x, target = targets[token];
     T* row = logits + token * width;
@@ -88,21 +112,23 @@ extern "C" __global__ void cross_entropy(
         return;
     }
     bool exists = target >= 0 && target < width;
-    A at_target = exists ? A(widen(row[target])) : A(0) / A(0);
+    A at_target = exists ? A(widen(row[target])) : A(nanf(""));
     Peak all = peak_of(row, width);  // waits for all threads
     if (threadIdx.x == 0) {
         losses[token] = log(double(all.sum)) + (double(all.peak) - double(at_target));
     }
     int column = int(target);
     A less = *scale, factor = less / all.sum;
-    rewrite(row, width, [=](A x, int at) {
-        return exponential(x - all.peak) * factor - (at == column ? less : A(0));
+    rewrite(row, width, [=](Pack<A, VEC>& x, int at) {
+#pragma unroll
+        for (int e = 0; e < VEC; e++) x.at[e] = exponential(x.at[e] - all.peak) * factor;
+        change_one(x, at, column, [=](A& number) { number -= less; });
     });
 }
 
 // A shard of the vocabulary: logits (T, width) become exp(logit - peak); own (3, T): the peak, the sum of the
 // exponentials, the target's logit if it is one of the ids first ... first + width - 1
-extern "C" __global__ void shard_exponentials(
+extern "C" __global__ void __launch_bounds__(1024, BLOCKS) shard_exponentials(
     T* logits, const i64* targets, double* own, i64 first, int width) {
     i64 token = blockIdx.x, tokens = gridDim.x, column = targets[token] - first;
     bool here = column >= 0 && column < width;  // never for IGNORE
@@ -114,7 +140,10 @@ extern "C" __global__ void shard_exponentials(
         own[tokens + token] = all.sum;
         own[2 * tokens + token] = at_target;
     }
-    rewrite(row, width, [=](A x, int) { return exponential(x - base(all.peak)); });
+    rewrite(row, width, [=](Pack<A, VEC>& x, int) {
+#pragma unroll
+        for (int e = 0; e < VEC; e++) x.at[e] = exponential(x.at[e] - base(all.peak));
+    });
 }
 
 // From everyone (shards, 3, tokens) to losses (tokens,) without the scale, and to what makes the gradient of
@@ -150,7 +179,11 @@ extern "C" __global__ void shard_gradient(
     if (target == IGNORE) return clear(row, width);
     int column = int(target - first);  // none, unless the target is here
     A factor = factors[token], at_target = factors[tokens + token];
-    rewrite(row, width, [=](A x, int at) { return at == column ? at_target : x * factor; });
+    rewrite(row, width, [=](Pack<A, VEC>& x, int at) {
+#pragma unroll
+        for (int e = 0; e < VEC; e++) x.at[e] *= factor;
+        change_one(x, at, column, [=](A& number) { number = at_target; });
+    });
 }
 
 // loss = scale * sum of losses (count,), by one block
@@ -158,6 +191,7 @@ extern "C" __global__ void sum_losses(
     const double* losses, const double* scale, double* loss, int count) {
     __shared__ double scratch[32];
     double sum = 0;
+#pragma unroll 8
     for (int at = threadIdx.x; at < count; at += blockDim.x) sum += losses[at];
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) *loss = sum * *scale;
