@@ -11,6 +11,7 @@ enum Control {
 
 constexpr int GROUP = 16 / sizeof(A);  // elements that a thread takes at once, whatever VEC is
 constexpr i64 PART = 1 << 15;          // elements of a part of a chunk
+constexpr int AHEAD = 4;               // loads of a thread of sum_parts that are on their way at once
 
 // Grid (parts, chunks): partial sums of squares of gradient (chunks, length), parts by chunk. The order of a
 // chunk's sum depends on its length only.
@@ -19,15 +20,22 @@ extern "C" __global__ void sum_parts(const A* gradient, double* partial, i64 len
     const A* chunk = gradient + blockIdx.y * length;
     i64 end = min(length, (blockIdx.x + 1) * PART);
     double sum = 0;
-    for (i64 at = blockIdx.x * PART + threadIdx.x * GROUP; at < end; at += blockDim.x * GROUP) {
-        A x[GROUP];
-        if (VEC > 1 && at + GROUP <= end) {
-            auto pack = load<A, GROUP>(chunk + at);
-            for (int e = 0; e < GROUP; e++) x[e] = pack.at[e];
-        } else {
-            for (int e = 0; e < GROUP; e++) x[e] = at + e < end ? chunk[at + e] : A(0);
+    i64 at = blockIdx.x * PART + threadIdx.x * GROUP, step = blockDim.x * GROUP;
+    if constexpr (VEC > 1) {
+        for (; at + (AHEAD - 1) * step + GROUP <= end; at += AHEAD * step) {
+            Pack<A, GROUP> x[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) x[k] = load<A, GROUP>(chunk + at + k * step);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++)
+                for (A number : x[k].at) sum += double(number) * double(number);
         }
-        for (int e = 0; e < GROUP; e++) sum += double(x[e]) * double(x[e]);
+    }
+    for (; at < end; at += step) {
+        for (int e = 0; e < GROUP && at + e < end; e++) {
+            double x = chunk[at + e];
+            sum += x * x;
+        }
     }
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) partial[i64(blockIdx.y) * gridDim.x + blockIdx.x] = sum;
