@@ -58,7 +58,8 @@ def add_to(total: Any, x: Any) -> Any:
     if not total.size:
         return total
     name, narrow = found
-    first, second = (total, x) if total.dtype == narrow else (x, total)
+    # 16 bytes of the wider one: a warp's accesses to it would else have gaps
+    first, second = (x, total) if total.dtype == narrow else (total, x)
     vec = loader.access(total.size, first, second)
     packs = total.size // vec
     loader.function("sums", name, narrow, vec)(
