@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 (as CuPy: np.dtype("bfloat16") works)
 
-from simulated import memory, modules, state, streams
+from simulated import blocks, memory, modules, state, streams
 from simulated.array import ndarray
 from simulated.blocks import bytes_at
 from simulated.blocks import find as find_memory
@@ -93,4 +93,5 @@ def simulated_gpu(stand_ins: dict[str, ModuleType] | None = None, **rules: Any) 
         for name in concerned():
             del sys.modules[name]
         sys.modules.update(before)
+        blocks.reset()
         state.enter(None)

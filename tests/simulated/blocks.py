@@ -15,8 +15,10 @@ UNWRITTEN = 0xFF  # NaN in every floating-point type, -1 in every integer
 
 # Where all blocks are, sorted by their addresses, until a pool gives them back. These are no weak
 # references: of a cycle the garbage collector clears them before Memory.__del__ gives its block to a pool.
+# A finaliser may run in the middle of anything, and so none changes this list: a block that was given back
+# leaves it when the next one comes.
 _places: list[tuple[int, "Block"]] = []
-_places_lock = threading.RLock()  # a collection may happen anywhere, and it may drop a pool
+_places_lock = threading.Lock()
 
 
 class Block:
@@ -37,15 +39,8 @@ class Block:
         self.touched: list[Any] = []
         self.reach = 0  # how far recorded work writes, in whichever of the block's lives
         with _places_lock:
+            _places[:] = [place for place in _places if not place[1].returned]
             bisect.insort(_places, (self.ptr, self), key=_address)
-
-    def give_back(self) -> None:
-        """To the system."""
-        self.returned = True
-        if _places_lock is None:  # the interpreter takes modules apart at its end
-            return
-        with _places_lock:
-            _places[:] = [place for place in _places if place[1] is not self]
 
     def open(self, asked: int) -> None:
         """Begin a life of `asked` bytes, none of them written yet."""
@@ -78,7 +73,7 @@ def _address(place: tuple[int, Block]) -> int:
 
 
 def reset() -> None:
-    """No block, at the start of a simulation."""
+    """No block, at the start and the end of a simulation."""
     _places.clear()
 
 
@@ -91,7 +86,7 @@ def find(ptr: int, count: int) -> tuple[Block, int, int]:
     with _places_lock:
         at = bisect.bisect_right(_places, ptr, key=_address) - 1
         block = _places[at][1] if at >= 0 else None
-    if block is None or ptr + count > block.ptr + block.asked:
+    if block is None or block.returned or ptr + count > block.ptr + block.asked:
         raise CUDARuntimeError(
             f"cudaErrorIllegalAddress: nobody has allocated {count} bytes of device memory at {ptr}"
         )

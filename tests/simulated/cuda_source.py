@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,8 +112,16 @@ def _environment() -> str:
 
 def _folder() -> Path:
     folder = Path(__file__).parents[2] / "build" / "simulated-gpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # somebody else's checkout
+        return _temporary()
+    return folder if os.access(folder, os.W_OK) else _temporary()
+
+
+@functools.cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="simulated-gpu-"))
 
 
 def build(source: str, options: tuple[str, ...], log: Any = None) -> Path:
@@ -128,7 +137,9 @@ def build(source: str, options: tuple[str, ...], log: Any = None) -> Path:
         if log is not None:
             log.write(done.stderr)
         if done.returncode != 0:
-            raise CompileException(done.stderr, source, "kernel.cu", tuple(options))
+            said = done.stderr or f"{command[0]} ended with {done.returncode}"
+            own.unlink(missing_ok=True)
+            raise CompileException(said, source, "kernel.cu", tuple(options))
         own.replace(library)  # several processes may do this at once
     return library
 

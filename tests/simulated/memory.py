@@ -178,13 +178,12 @@ class MemoryPool:
 
     def free_all_blocks(self, stream: Any = None) -> None:
         with self._lock:
-            for (arena, _), free in self._free.items():
-                if stream is None or stream.ptr == arena:
-                    for block in free:
-                        block.give_back()
-                        self._held -= block.size
-                        self._simulation.device_bytes -= block.size
-                    free.clear()
+            for (arena, _), free in list(self._free.items()):  # a finaliser may add to it
+                while free and (stream is None or stream.ptr == arena):
+                    block = free.pop()
+                    block.returned = True
+                    self._held -= block.size
+                    self._simulation.device_bytes -= block.size
 
     def __del__(self) -> None:
         self.free_all_blocks()
