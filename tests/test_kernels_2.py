@@ -66,6 +66,19 @@ def test_nothing_is_done_for_no_tokens(cupy):
     assert cross_entropy.shard_cross_entropy(logits, targets, own, own[None], 1.0, 0).item() == 0
 
 
+@pytest.mark.parametrize("target", [9, -2, 2**40])
+def test_a_target_in_no_shard_gives_no_loss_that_looks_right(cupy, target):
+    logits, targets = np.zeros((2, 8)), np.array([3, target])
+    for table, to in ((ops.REFERENCE, np.array), (vars(cross_entropy), cupy.asarray)):
+        shards = [to(np.ascontiguousarray(logits[:, at : at + 4])) for at in (0, 4)]
+        ids, scale = to(targets), 1.0
+        own = [table["shard_exponentials"](s, ids, 4 * n) for n, s in enumerate(shards)]
+        everyone = to(np.stack([x if to is np.array else x.get() for x in own]))
+        for n, shard in enumerate(shards):
+            loss = table["shard_cross_entropy"](shard, ids, own[n], everyone, scale, 4 * n)
+            assert not np.isfinite(float(loss))
+
+
 def test_dropout_at_its_threshold(cupy):
     """Of 65536 equally likely numbers, the one that p itself stands for is kept."""
     key, token, step = (3, 5), 20, 2

@@ -127,13 +127,13 @@ extern "C" __global__ void __launch_bounds__(1024, BLOCKS) cross_entropy(
 }
 
 // A shard of the vocabulary: logits (T, width) become exp(logit - peak); own (3, T): the peak, the sum of the
-// exponentials, the target's logit if it is one of the ids first ... first + width - 1
+// exponentials, the target's logit if it is one of the ids first ... first + width - 1, and else -infinity
 extern "C" __global__ void __launch_bounds__(1024, BLOCKS) shard_exponentials(
     T* logits, const i64* targets, double* own, i64 first, int width) {
     i64 token = blockIdx.x, tokens = gridDim.x, column = targets[token] - first;
     bool here = column >= 0 && column < width;  // never for IGNORE
     T* row = logits + token * width;
-    A at_target = here ? A(widen(row[column])) : A(0);
+    A at_target = here ? A(widen(row[column])) : A(log(0.0));
     Peak all = peak_of(row, width);
     if (threadIdx.x == 0) {
         own[token] = all.peak;
@@ -158,12 +158,12 @@ extern "C" __global__ void shard_losses(
         losses[token] = 0;
         return;
     }
-    double peak = log(0.0), total = 0, at_target = 0;
+    double peak = log(0.0), total = 0, at_target = log(0.0);
     for (int n = 0; n < shards; n++) peak = max(peak, everyone[3 * n * tokens + token]);
     for (int n = 0; n < shards; n++) {
         const double* theirs = everyone + 3 * n * tokens + token;
         total += theirs[tokens] * exp(theirs[0] - peak);
-        at_target += theirs[2 * tokens];
+        at_target = max(at_target, theirs[2 * tokens]);
     }
     losses[token] = log(total) + (peak - at_target);
     factors[token] = *scale * exp(own[token] - peak) / total;

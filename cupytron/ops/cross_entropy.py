@@ -49,11 +49,12 @@ def shard_exponentials(logits: Any, targets: Any, first: int) -> Any:
     Shapes: logits (T, rows) of the ids first ... first + rows - 1; targets (T,) ids of the whole
     vocabulary.
     Returns: (3, T) float64: each token's largest logit here, the sum of its exponentials relative to that,
-        and the target's logit (0 where the target is not here or does not count).
+        and the target's logit (-inf where the target is not here or does not count).
     """
     xp = backend.array_module(logits)
     own = xp.zeros((3, len(logits)), xp.float64)
     token, column = _here(targets, first, logits.shape[1])
+    own[2] = -math.inf  # in no shard: an infinite loss, and not one that looks right
     own[2, token] = logits[token, column]
 
     def body(rows: slice) -> None:
@@ -87,7 +88,7 @@ def shard_cross_entropy(
     peak = peaks.max(axis=0)
     total = (sums * xp.exp(peaks - peak)).sum(axis=0)
     counts = targets != IGNORE
-    losses = xp.where(counts, xp.log(total) + peak - at_target.sum(axis=0), 0.0)
+    losses = xp.where(counts, xp.log(total) + peak - at_target.max(axis=0), 0.0)
     factor = (counts * scale * xp.exp(own[0] - peak) / total).astype(exponentials.dtype)
 
     def body(rows: slice) -> None:
