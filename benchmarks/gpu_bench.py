@@ -69,6 +69,8 @@ def kernels(bench: Bench) -> None:
     bench.note(kernels=outcomes)
     if len(bench.names()) > 1:
         beside_torch(bench, outcomes)
+    if failed := [name for name, outcome in outcomes.items() if outcome["status"] == "FAILED"]:
+        raise Failed(f"kernels that failed: {', '.join(failed)}")
 
 
 def beside_torch(bench: Bench, outcomes: Json) -> None:

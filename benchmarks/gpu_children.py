@@ -80,8 +80,21 @@ def run_one(check: Callable[[], Json | None]) -> Json:
 
 
 def say(message: Json) -> None:
-    """Tell the parent."""
-    print(f"{MARK}{json.dumps(message, default=str)}", flush=True)
+    """Tell the parent, in one piece: a library may write to the same pipe at any time."""
+    sys.stdout.write(f"\n{MARK}{json.dumps(message, default=str)}\n")
+    sys.stdout.flush()
+
+
+def heard(line: str) -> Json | None:
+    """What a child has said in a line, whatever stands before or behind it; None: nothing, it is noise."""
+    _, mark, said = line.partition(MARK)
+    if not mark:
+        return None
+    try:
+        message, _ = json.JSONDecoder().raw_decode(said)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def run_groups(groups: list[Group], jobs: int, tell: Callable[[str, Json], None]) -> Json:
@@ -142,11 +155,10 @@ def _child(group: Group, names: list[str]) -> Iterator[tuple[str, Json]]:
             break
         if line is None:
             break
-        noise, mark, said = line.partition(MARK)
-        if not mark:
-            tail = (tail + noise)[-TAIL:]
+        message = heard(line)
+        if message is None:
+            tail = (tail + line)[-TAIL:]
             continue
-        message = json.loads(said)
         deadline = time.monotonic() + group.limit
         if "begin" in message:
             current, began, tail = message["begin"], time.monotonic(), ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from gpu_children import MARK, TAIL, Failed, Json, say
+from gpu_children import TAIL, Failed, Json, heard, say
 from gpu_report import HERE, Gpu, save
 
 WARMUP = 5  # steps before any is timed: kernels compiled and chosen, graphs recorded
@@ -93,10 +93,10 @@ class Child:
             if line is None:
                 self._lines.put(None)  # for whoever asks again
                 raise Failed(f"{do}: its process has ended; {self._tail}")
-            noise, mark, said = line.partition(MARK)
-            if mark:
-                return json.loads(said)
-            self._tail = (self._tail + noise)[-TAIL:]
+            message = heard(line)
+            if message is not None:
+                return message
+            self._tail = (self._tail + line)[-TAIL:]
 
     def close(self) -> None:
         self.process.kill()

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,7 +130,12 @@ def _poisoned(gpu: Gpu) -> Iterator[None]:
             memory.memset_async(0xFF, size)
         return memory
 
-    with cuda.using_allocator(malloc):
-        yield
-    cuda.Device().synchronize()
-    pool.free_all_blocks()  # of a pool that is dropped nothing would come back
+    try:
+        with cuda.using_allocator(malloc):
+            yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the case's arrays
+        raise
+    finally:
+        cuda.Device().synchronize()
+        pool.free_all_blocks()  # of a pool that is dropped nothing would come back

@@ -138,7 +138,15 @@ def rounds(
             break
         # neither is always the one that comes first
         for name in list(contenders)[:: -1 if number % 2 else 1]:
-            run = bench.told(contenders[name].ask("run", steps=steps[name]), name)
+            try:
+                run = bench.told(contenders[name].ask("run", steps=steps[name]), name)
+            except Failed as error:
+                if name == "cupytron":
+                    raise
+                bench.say(f"  round {number + 1} {name}: {error}")
+                found[name]["died"] = str(error)
+                del contenders[name]
+                continue
             rate = steps[name] * found[name]["best"] * length / run["seconds"]
             found[name]["rounds"].append(rate)
             found[name]["states"].append({} if bench.dry else state())

@@ -95,6 +95,7 @@ class Recorded:
             except BaseException:
                 with contextlib.suppress(Exception):  # it says that the capture has failed, too
                     self.stream.end_capture()
+                self.pool.free_all_blocks()
                 raise
             self.graph = self.stream.end_capture()
 

@@ -110,6 +110,14 @@ def test_checks_that_crash_or_hang_hide_no_other(tmp_path):
 
 
 @pytest.mark.timeout(300)
+def test_a_message_is_heard_through_noise():
+    children = module("gpu_children")
+    said = f'warning{children.MARK}{{"end": "a", "status": "ok"}}NCCL version 2'
+    assert children.heard(said) == {"end": "a", "status": "ok"}
+    for noise in ("", "text", f"{children.MARK}text", f"{children.MARK}7"):
+        assert children.heard(noise) is None
+
+
 def test_gpu_check_writes_a_record_and_says_what_failed(tmp_path):
     """The script itself, with its children; memory is so short in one of them that a check fails."""
     command = [sys.executable, FOLDER / "gpu_check.py", "facts", "--simulated", "--jobs", "1"]
@@ -386,6 +394,16 @@ def test_every_kernel_is_measured_in_a_graph(tmp_path):
         if name != "ceilings":
             assert outcome["found"]["how"] == "graph", (name, outcome["found"]["why"])
             assert outcome["found"]["bytes"] > 0 and outcome["found"]["seconds"] > 0
+
+
+def test_a_kernel_that_fails_is_a_case_that_failed(tmp_path, monkeypatch, capsys):
+    def broken(x):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(activation, "gelu", broken)
+    words = ["kernels", "--simulated", "--torch-python", "", "--out", str(tmp_path)]
+    assert module("gpu_bench").main(words) == 1
+    assert "kernels that failed: gelu" in capsys.readouterr().out
 
 
 def test_a_profile_adds_up_to_the_step(tmp_path):
