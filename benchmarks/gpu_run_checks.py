@@ -15,7 +15,7 @@ from gpu_model_checks import FULL, losses_of, trainer_on
 from gpu_model_checks import TINY as TINY_MODEL
 from gpu_report import Gpu
 
-from cupytron import memory
+from cupytron import backend
 
 RUN = [
     "model.num_layers=2",
@@ -181,7 +181,7 @@ def recording_in_little_memory(gpu: Gpu) -> Json:
             with _little_memory(gpu, total * percent // 100):
                 losses, _ = _with_pools(settings, steps)
         except Exception as error:
-            short = memory.is_shortage(error) or "out of memory" in str(error)
+            short = backend.is_shortage(error) or "out of memory" in str(error)
             hold(short, f"at {percent}%: {type(error).__name__}: {error}", found)
             found[f"{percent}%"] = "out of memory"
             continue

@@ -152,3 +152,17 @@ def slice_count(xp: ModuleType, length: int, block: int) -> int:
 def rows_per_block(width: int) -> int:
     """Rows of `width` elements in a slice of about BLOCK elements."""
     return max(1, BLOCK // max(1, width))
+
+
+# what CuPy's pools, the runtime, the driver and libraries say of it
+_SHORTAGE = (
+    "Out of memory allocating",
+    "cudaErrorMemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "ALLOC_FAILED",
+)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error means that the device has too little memory."""
+    return any(words in str(error) for words in _SHORTAGE)

@@ -231,7 +231,7 @@ def explained(
     try:
         yield
     except Exception as error:
-        if not device.gpu or not is_shortage(error):
+        if not device.gpu or not backend.is_shortage(error):
             raise
         parallel = config.parallel.model_copy(update=context.sizes)
         config = config.model_copy(update={"parallel": parallel})
@@ -243,17 +243,3 @@ def explained(
             f"{size(used)} and {size(free)} are free. By estimate a rank needs "
             f"{estimate(config, model, training)}; {advice(config, model, used + free, training)}"
         ) from error
-
-
-# what CuPy's pools, the runtime, the driver and libraries say of it
-_SHORTAGE = (
-    "Out of memory allocating",
-    "cudaErrorMemoryAllocation",
-    "CUDA_ERROR_OUT_OF_MEMORY",
-    "ALLOC_FAILED",
-)
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error means that the device has too little memory."""
-    return any(words in str(error) for words in _SHORTAGE)

@@ -298,6 +298,24 @@ def test_choices_travel_to_other_processes(cupy, lt, clock):
     assert (products.matmul(a, b).get() == found.get()).all() and lt.calls == before + 1
 
 
+@pytest.mark.parametrize("said, decided", [("NOT_SUPPORTED (15)", [2]), ("ALLOC_FAILED (3)", [])])
+def test_an_algorithm_that_fails_is_left_out(cupy, lt, clock, monkeypatch, said, decided):
+    """And where memory runs short the favourite is taken, and nothing kept."""
+    a, b = matrices(cupy, k=400)
+    want = a.get() @ b.get()
+    right = cublaslt.Plan.run
+
+    def run(plan, *arguments, algorithm=None, **named):
+        if algorithm == 1:
+            raise RuntimeError(said)
+        right(plan, *arguments, algorithm=algorithm, **named)
+
+    monkeypatch.setattr(cublaslt.Plan, "run", run)
+    found = products.matmul(a, b)
+    assert list(products.choices().values()) == decided
+    np.testing.assert_allclose(found.get(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_choice_that_the_library_does_not_offer_is_its_favourite(cupy, clock):
     a, b = matrices(cupy, k=400)
     products.set_timing(False)

@@ -185,7 +185,8 @@ class RuntimeAutoTuner:
                 entry = self._found.get(place)
                 # one that cannot do it at all is not kept for the sake of order
                 if entry and name in entry.refused and entry.choice not in entry.refused:
-                    name = entry.choice
+                    # a table may come from where there are more candidates
+                    name = entry.choice if entry.choice in operation.candidates else name
             return operation.candidates[name], not trying
 
     def _try(self, operation: Operation, problem: str, arguments: tuple[Any, ...]) -> None:

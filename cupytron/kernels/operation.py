@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import backend
 from cupytron.kernels import trial
 from cupytron.kernels.tables import Choice
 
@@ -129,6 +130,8 @@ class Operation:
                 why = trial.disagreement(own, wanted, allowed)
                 del own
             except Exception as error:
+                if backend.is_shortage(error):  # of this moment, not of the candidate
+                    raise
                 why = trial.reason(error)
             if why is None:
                 calls[name] = call
@@ -136,18 +139,19 @@ class Operation:
                 refused[name] = why
         del wanted
         slow = trial.hopeless(calls, xp) if xp is not np else {}
-        for name in list(calls):
-            if name in slow:
-                del calls[name]
-            elif graphs and xp is not np and (why := trial.not_captured(xp, calls[name])):
-                refused[name] = why
-                del calls[name]
-        several = len(calls) + len(slow) > 1
-        times, failed = trial.seconds(calls, warmup, rounds, xp) if several else ({}, {})
+        # the slow ones only where the others cannot be captured
+        for names in (calls.keys() - slow.keys(), slow.keys()):
+            fit = {name: call for name, call in calls.items() if name in names}
+            if graphs and xp is not np:
+                unfit = {n: why for n, call in fit.items() if (why := trial.not_captured(xp, call))}
+                refused.update(unfit)
+                fit = {name: call for name, call in fit.items() if name not in unfit}
+            if fit:
+                break
+        times, failed = trial.seconds(fit, warmup, rounds, xp) if len(fit) > 1 else ({}, {})
         refused.update(failed)
-        times.update(slow)
-        left = times or dict.fromkeys(calls, 0.0)
-        return Choice(self.fastest(left), times, refused)
+        refused = {**{name: why for name, why in slow.items() if name not in fit}, **refused}
+        return Choice(self.fastest(times or dict.fromkeys(fit, 0.0)), times, refused)
 
     def fastest(self, times: Mapping[str, float]) -> str:
         """The default unless another one is clearly faster, or the default has no time."""

@@ -7,6 +7,7 @@ A choice decides about the last bits of a result. Processes that have to agree o
 import threading
 from typing import Any
 
+from cupytron import backend
 from cupytron.kernels import trial
 from cupytron.kernels.cublaslt import Plan, Problem, current_stream
 
@@ -69,7 +70,9 @@ def choose(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int = 0) -> N
         try:
             with trial.apart(cupy):
                 _choices[plan.problem.key] = _fastest(plan, a, b, d, bias, scratch)
-        except cupy.cuda.memory.OutOfMemoryError:
+        except Exception as error:
+            if not backend.is_shortage(error):
+                raise
             plan.decided = True
             return
         _take_choice(plan)
@@ -88,11 +91,18 @@ def _fastest(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int) -> int
     stream: Any = current_stream()
     spare, cover = cupy.zeros(scratch, "uint8"), cupy.empty(_COVER, "uint8")
     pointers = a, b, (spare.data.ptr if scratch else d), bias
+    fit = []
     for index in range(plan.count):
-        plan.run(*pointers, algorithm=index)  # the first launch loads the kernel
+        try:
+            plan.run(*pointers, algorithm=index)  # the first launch loads the kernel
+        except Exception as error:
+            if backend.is_shortage(error):
+                raise
+            continue  # heuristics may offer what the library then refuses
+        fit.append(index)
     times = [float("inf")] * plan.count
     for _ in range(_ROUNDS):
-        for index in range(plan.count):
+        for index in fit:
             start, stop = cupy.cuda.Event(), cupy.cuda.Event()
             cover.fill(0)
             start.record(stream)
@@ -102,7 +112,7 @@ def _fastest(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int) -> int
             stop.synchronize()
             times[index] = min(times[index], cupy.cuda.get_elapsed_time(start, stop))
     limit = _TIE * min(times)
-    return next(index for index, time in enumerate(times) if time <= limit)
+    return next(index for index, time in enumerate(times) if time <= limit)  # 0 if none is fit
 
 
 def forget() -> None:

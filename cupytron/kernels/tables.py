@@ -98,7 +98,9 @@ def path(environment: dict[str, Any]) -> Path:
 
 def read(file: Path, environment: dict[str, Any]) -> tuple[Found, Others]:
     """A table; empty if there is none, or if it is damaged or another environment's."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+    ):
         table = json.loads(file.read_text(encoding="utf-8"))
         if table["format"] == FORMAT and table["environment"] == environment:
             return _found(table["operations"]), _others(table)

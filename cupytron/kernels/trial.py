@@ -8,6 +8,7 @@ import contextlib
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,6 +197,9 @@ def apart(xp: Any) -> Iterator[None]:
     try:
         with xp.cuda.using_allocator(pool.malloc):
             yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what has been allocated
+        raise
     finally:
         pool.free_all_blocks()  # of a pool that is dropped nothing would come back
 
@@ -209,6 +213,10 @@ def not_captured(xp: Any, call: Callable[[], Any]) -> str | None:
     try:
         call()
     except Exception as error:
+        if backend.is_shortage(error):
+            with contextlib.suppress(Exception):
+                stream.end_capture()
+            raise
         why = reason(error)
     try:
         stream.end_capture()
@@ -217,8 +225,8 @@ def not_captured(xp: Any, call: Callable[[], Any]) -> str | None:
     return why and f"it cannot be captured into a graph: {why}"
 
 
-def hopeless(calls: dict[str, Callable[[], Any]], xp: Any) -> dict[str, float]:
-    """Seconds of the calls that are so slow that it is not worth to measure them; each has run before.
+def hopeless(calls: dict[str, Callable[[], Any]], xp: Any) -> dict[str, str]:
+    """Calls that are so slow that it is not worth to measure them, and why; each has run before.
 
     The reference's attention is thousands of launches.
     """
@@ -237,10 +245,13 @@ def hopeless(calls: dict[str, Callable[[], Any]], xp: Any) -> dict[str, float]:
             took[name] = once(call)
     limit = HOPELESS * min(took.values(), default=0.0)
     suspects = [name for name, seconds in took.items() if seconds > limit]
-    again = {
-        name: min(took[name], once(calls[name])) for name in suspects
-    }  # it may have been disturbed
-    return {name: seconds for name, seconds in again.items() if seconds > limit}
+    found = {}
+    for name in suspects:
+        with contextlib.suppress(Exception):
+            seconds = min(took[name], once(calls[name]))  # it may have been disturbed
+            if seconds > limit:
+                found[name] = f"it takes {seconds:.1e} s, the fastest {limit / HOPELESS:.1e} s"
+    return found
 
 
 def seconds(
@@ -260,6 +271,8 @@ def seconds(
             try:
                 took = clock(call)
             except Exception as error:
+                if backend.is_shortage(error):
+                    raise
                 failed[name] = reason(error)
                 continue
             if number >= warmup:
