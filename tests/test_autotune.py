@@ -403,6 +403,8 @@ def test_other_problems_in_the_file_stay(table):
         lambda text: text.replace('"times"', '"time"'),
         lambda text: text.replace('"fast": ', '"fast": "quick", "x": '),
         lambda text: text.replace('"numpy": "', '"numpy": "0.'),
+        lambda text: text.replace('"format": 1', '"format": 1, "products": {"a": Infinity}'),
+        lambda text: "[" * 100_000,
     ],
 )
 def test_a_damaged_or_foreign_file_counts_as_empty(table, damage):
