@@ -4,15 +4,16 @@ A choice decides about the last bits of a result. Processes that have to agree o
 `choices()`, or do without timing.
 """
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cupytron import backend
-from cupytron.kernels import trial
 from cupytron.kernels.cublaslt import Plan, Problem, current_stream
 
 _ROUNDS, _REPEATS = 3, 4
-_COVER = 256 << 20  # bytes that the device writes while Python enqueues what is timed
+_COVER = 256 << 20  # bytes
 _TIE = 1.02  # timings closer than this are noise, and the library's order decides
 
 _plans: dict[tuple[int, Problem], Plan] = {}  # by device
@@ -68,8 +69,10 @@ def choose(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int = 0) -> N
         if plan.decided or not _timing or current_stream().is_capturing():
             return
         try:
-            with trial.apart(cupy):
-                _choices[plan.problem.key] = _fastest(plan, a, b, d, bias, scratch)
+            spare = cupy.zeros(scratch, "uint8")
+            target = spare.data.ptr if scratch else d
+            with _cover() as cover:
+                _choices[plan.problem.key] = _fastest(plan, (a, b, target, bias), cover)
         except Exception as error:
             if not backend.is_shortage(error):
                 raise
@@ -84,13 +87,32 @@ def _take_choice(plan: Plan) -> None:
     plan.decided = plan.problem.key in _choices
 
 
-def _fastest(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int) -> int:
-    """Index of the algorithm that takes the least time on the current stream; waits for it."""
+@contextlib.contextmanager
+def _cover() -> Iterator[Callable[[], None]]:
+    """A function that keeps the device busy while Python enqueues work, if there is memory for it."""
+    import cupy
+
+    pool = cupy.cuda.MemoryPool()  # not the current one: that may be a graph's
+    try:
+        room = pool.malloc(_COVER)
+    except cupy.cuda.memory.OutOfMemoryError:  # short products are then timed at Python's pace
+        room = None
+    try:
+        yield lambda: room and room.memset_async(0, _COVER, current_stream())
+    finally:
+        room = None
+        pool.free_all_blocks()  # of a pool that is dropped nothing would come back
+
+
+def _fastest(plan: Plan, pointers: tuple[int, int, int, int], cover: Callable[[], None]) -> int:
+    """Index of the algorithm that takes the least time on the current stream; waits for it.
+
+    Args:
+        cover: called before each measurement.
+    """
     import cupy
 
     stream: Any = current_stream()
-    spare, cover = cupy.zeros(scratch, "uint8"), cupy.empty(_COVER, "uint8")
-    pointers = a, b, (spare.data.ptr if scratch else d), bias
     fit = []
     for index in range(plan.count):
         try:
@@ -104,7 +126,7 @@ def _fastest(plan: Plan, a: int, b: int, d: int, bias: int, scratch: int) -> int
     for _ in range(_ROUNDS):
         for index in fit:
             start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            cover.fill(0)
+            cover()
             start.record(stream)
             for _ in range(_REPEATS):
                 plan.run(*pointers, algorithm=index)

@@ -19,9 +19,7 @@ from cupytron import backend
 # the largest error relative to the largest value, by the coarsest dtype among the arguments
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 2e-2, "bfloat16": 2e-2}
 FLUSH = 256 << 20  # bytes, several times a GPU's L2 cache
-AHEAD = (
-    4  # times that they are written, about 0.3 ms: longer than Python takes to enqueue an operation
-)
+AHEAD = 4  # times that they are written, 0.3 ms: longer than Python takes to enqueue an operation
 HOPELESS = 20  # times the fastest one's seconds
 _SLICE = 1 << 22  # elements that are compared at once, in float64
 
