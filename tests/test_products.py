@@ -316,6 +316,16 @@ def test_an_algorithm_that_fails_is_left_out(cupy, lt, clock, monkeypatch, said,
     np.testing.assert_allclose(found.get(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_products_are_timed_without_memory_to_spare(cupy, clock, monkeypatch):
+    monkeypatch.setattr(product_plans, "_COVER", 1 << 30)
+    a, b = matrices(cupy, k=400)
+    used = cupy.sim.device_bytes
+    with cupy.sim.limited(1 << 24):
+        out = products.matmul(a, b)
+    assert list(products.choices().values()) == [1]
+    assert cupy.sim.device_bytes < used + (1 << 24) and out.shape == (6, 8)
+
+
 def test_a_choice_that_the_library_does_not_offer_is_its_favourite(cupy, clock):
     a, b = matrices(cupy, k=400)
     products.set_timing(False)
