@@ -22,6 +22,8 @@ from typing import Any
 Json = dict[str, Any]
 MARK = "@check "  # before what is meant for the parent
 TAIL = 2000  # characters of a dead child's output that are kept
+# -P: not the folder named cupytron that may lie here, without cupytron.cli, but what is installed
+PYTHON = [sys.executable, "-P", "-c"]
 
 
 class Failed(Exception):
@@ -77,6 +79,19 @@ def run_one(check: Callable[[], Json | None]) -> Json:
             "found": {},
         }
     return {**outcome, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def said_with_mpi(code: str) -> str:
+    """What a Python of its own prints that needs an MPI library.
+
+    Raises:
+        Skipped: it finds none; pip install --target leaves out those of a wheel.
+    """
+    done = subprocess.run([*PYTHON, code], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise Skipped(f"mpi4py has no library: {why[:200]}")
+    return done.stdout
 
 
 def say(message: Json) -> None:

@@ -7,14 +7,13 @@ Each fact is a function that returns figures; it fails if cupytron needs it to b
 
 import argparse
 import functools
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpu_children import Json, Skipped, hold, run_one
+from gpu_children import Json, Skipped, hold, run_one, said_with_mpi
 from gpu_graph_facts import (
     capture,
     cublaslt_algorithms,
@@ -142,12 +141,7 @@ def cuda_aware_mpi(gpu: Gpu) -> Json:
         "from mpi4py import MPI; from cupytron.comm import cuda_aware; "
         "print(MPI.Get_library_version().splitlines()[0][:60], '|', cuda_aware.says_so())"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
-    )
-    if done.returncode:
-        raise Skipped(f"mpi4py has no library: {done.stderr.strip().splitlines()[-1][:200]}")
-    library, _, said = done.stdout.strip().rpartition(" | ")
+    library, _, said = said_with_mpi(code).strip().rpartition(" | ")
     return {"library": library, "cuda_aware": said}
 
 

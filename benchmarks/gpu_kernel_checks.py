@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import math
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from gpu_children import Json, hold
 from gpu_report import Gpu
+
+from cupytron.kernels import trial
 
 MODULES = ("kernel_cases", "kernel_cases_2", "kernel_cases_3")
 # the largest error that rounding explains: a few units in the last place of sums, rounded once at the end;
@@ -122,20 +123,17 @@ def _hashing(module: Any) -> Iterator[Any]:
 def _poisoned(gpu: Gpu) -> Iterator[None]:
     """Whatever is allocated holds NaN in every floating-point type, and -1 in every integer."""
     cuda = gpu.cupy.cuda
-    pool = cuda.MemoryPool()
+    with trial.apart(gpu.cupy):
+        allocate = cuda.get_allocator()
 
-    def malloc(size: int) -> Any:
-        memory = pool.malloc(size)
-        if size:
-            memory.memset_async(0xFF, size)
-        return memory
+        def malloc(size: int) -> Any:
+            memory = allocate(size)
+            if size:
+                memory.memset_async(0xFF, size)
+            return memory
 
-    try:
-        with cuda.using_allocator(malloc):
-            yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the case's arrays
-        raise
-    finally:
-        cuda.Device().synchronize()
-        pool.free_all_blocks()  # of a pool that is dropped nothing would come back
+        try:
+            with cuda.using_allocator(malloc):
+                yield
+        finally:
+            cuda.Device().synchronize()

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_children import Failed, Json, Skipped, hold
+from gpu_children import PYTHON, Failed, Json, Skipped, hold, said_with_mpi
 from gpu_report import Gpu
 from gpu_run_checks import command
 
@@ -31,8 +31,6 @@ MESHES = {
     ],
 }
 TINY_MESHES = ["--tp 2 --num-layers 1"]
-# -P: not the folder named cupytron that may lie here, without cupytron.cli, but what is installed
-PYTHON = [sys.executable, "-P", "-c"]
 CUPYTRON = [*PYTHON, "from cupytron.cli.main import run; run()"]
 
 
@@ -79,12 +77,7 @@ def ranks_under_mpi(gpu: Gpu, ranks: int, comm: str) -> Json:
         raise Skipped("processes do not share a simulated GPU")
     if (launcher := mpirun()) is None:
         raise Skipped("no mpirun: pip install mpich")
-    loaded = subprocess.run(
-        [*PYTHON, "import mpi4py.MPI"], capture_output=True, text=True, timeout=60
-    )
-    if loaded.returncode:  # pip install --target leaves out the libraries of its wheel
-        why = (loaded.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Skipped(f"mpi4py finds no MPI library: {why[:200]}")
+    said_with_mpi("import mpi4py.MPI")
     cases = MESHES[ranks]
     with tempfile.TemporaryDirectory() as folder:
         words = [*_verify_words(cases, Path(folder)), "--comm", comm]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from cupytron import backend, process
 
 FORMAT = 1
+# what reading a file that is not there, or is no table, may end in
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _LIBRARY = Path(__file__).parents[1]
 
 
@@ -98,9 +100,7 @@ def path(environment: dict[str, Any]) -> Path:
 
 def read(file: Path, environment: dict[str, Any]) -> tuple[Found, Others]:
     """A table; empty if there is none, or if it is damaged or another environment's."""
-    with contextlib.suppress(
-        *(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-    ):
+    with contextlib.suppress(*_DAMAGE):
         table = json.loads(file.read_text(encoding="utf-8"))
         if table["format"] == FORMAT and table["environment"] == environment:
             return _found(table["operations"]), _others(table)

@@ -34,10 +34,10 @@ def in_float32(
     def rounded(*arguments: Any, **named: Any) -> Any:
         for x in arguments[:2]:
             if _half(x):
+                dtype = x.dtype
                 break
         else:  # as nearly always; a small model has thousands of these calls a second
             return function(*arguments, **named)
-        dtype = next(x.dtype for x in arguments if _half(x))
         given = {**dict(zip(names, arguments, strict=False)), **named}
         widened = {name: _widen(x) for name, x in given.items()}
         result = function(**widened)
