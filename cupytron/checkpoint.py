@@ -7,7 +7,6 @@ of itself; it is written last, and the folder gets its name last of all. Nothing
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -20,18 +19,15 @@ import safetensors
 
 from cupytron.checkpoint_format import (
     FORMAT,
-    MANIFEST,
     Box,
     Listed,
     Piece,
-    body_hash,
     enclosing,
     fits,
     intersection,
     listed_piece,
     rectangles,
     region,
-    seal,
     sizes,
     sync_folder,
     untiled,
@@ -41,12 +37,12 @@ from cupytron.checkpoint_format import (
     write_tensors,
 )
 from cupytron.comm import Communicator, SelfCommunicator
-from cupytron.errors import CheckpointError
+from cupytron.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
+from cupytron.manifest import MANIFEST, read_manifest, seal
 from cupytron.together import together
 
 __all__ = ["Checkpoint", "Piece", "discard", "write"]
 
-_MAX_MANIFEST = 64 << 20  # bytes; a larger one is no manifest of ours
 _MAX_HEADER = 16 << 20  # a hostile safetensors header costs 16 times its size in memory
 _BLOCK = 1 << 22  # elements hashed at a time
 
@@ -147,13 +143,22 @@ def _set_aside(folder: Path) -> Path:
 class Checkpoint:
     """A checkpoint on disk whose manifest is whole; `verify` checks the files too.
 
+    Attributes:
+        about: the manifest's body. sha256: of it. identity: of its file, as Manifest's.
+
     Raises:
-        CheckpointError: it is missing or damaged, or a newer version wrote it.
+        DamagedCheckpoint: it is missing or damaged.
+        UnreadableCheckpoint: it cannot be read now, or a newer version wrote it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about = self._read_manifest()
+        self.about, self.sha256, self.identity = read_manifest(folder)
+        if self.about.get("format") != FORMAT:
+            raise self._unreadable(
+                f"format {self.about.get('format')} is not {FORMAT}, which this version reads; "
+                "use the version of cupytron that wrote it"
+            )
         self._by_tensor: dict[str, list[Listed]] = {}
         try:
             self.step = int(self.about["step"])
@@ -168,39 +173,15 @@ class Checkpoint:
                 if piece.file not in self.files or not alike:
                     raise ValueError(f"a piece of {piece.tensor}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._error(f"{MANIFEST} lacks or garbles {error}") from None
+            raise self._damaged(f"{MANIFEST} lacks or garbles {error}") from None
         self._tiled: set[str] = set()  # tensors whose pieces have been compared
         self._verified = False
 
-    def _error(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: {what}")
+    def _damaged(self, what: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"{self.folder}: {what}")
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        try:
-            if path.stat().st_size > _MAX_MANIFEST:
-                raise self._error(f"{MANIFEST} is too large to be one")
-            content = path.read_bytes()
-            sealed = json.loads(content)
-            body = sealed["body"]
-            # byte for byte what we would have written: no change, however small, goes unseen
-            whole = seal(body) == content and sealed["sha256"] == body_hash(body)
-        except FileNotFoundError:
-            raise self._error(f"{MANIFEST} is missing: not a complete checkpoint") from None
-        except CheckpointError:
-            raise
-        except OSError as error:
-            raise self._error(f"{MANIFEST} cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise self._error(f"{MANIFEST} is damaged") from None
-        if not whole:
-            raise self._error(f"{MANIFEST} is damaged: it does not match its own SHA-256")
-        if body.get("format") != FORMAT:
-            raise self._error(
-                f"format {body.get('format')} is not {FORMAT}, which this version reads; "
-                "use the version of cupytron that wrote it"
-            )
-        return body
+    def _unreadable(self, what: str) -> UnreadableCheckpoint:
+        return UnreadableCheckpoint(f"{self.folder}: {what}")
 
     def verify(self, world: Communicator | None = None) -> None:
         """Compare every file with the manifest, byte for byte. Collective over `world`.
@@ -226,21 +207,21 @@ class Checkpoint:
         size, expected = self.files[name]
         try:
             if path.stat().st_size != size:
-                raise self._error(f"{name} has {path.stat().st_size} bytes in place of {size}")
+                raise self._damaged(f"{name} has {path.stat().st_size} bytes in place of {size}")
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
-            raise self._error(f"{name} is missing") from None
+            raise self._damaged(f"{name} is missing") from None
         except OSError as error:
-            raise self._error(f"{name} cannot be read ({error.strerror})") from None
+            raise self._unreadable(f"{name} cannot be read ({error.strerror})") from None
         if found != expected:
-            raise self._error(f"{name} is damaged: it does not match its SHA-256")
+            raise self._damaged(f"{name} is damaged: it does not match its SHA-256")
 
     def _check_tiled(self, tensor: str) -> None:
         if tensor in self._tiled:
             return
         if wrong := untiled(self._by_tensor[tensor]):
-            raise self._error(wrong)
+            raise self._damaged(wrong)
         self._tiled.add(tensor)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -267,11 +248,13 @@ class Checkpoint:
             CheckpointError: there is no such tensor or part, or a file cannot be read.
         """
         if tensor not in self._by_tensor:
-            raise self._error(f"it has no tensor {tensor}")
+            raise self._damaged(f"it has no tensor {tensor}")
         pieces = self._by_tensor[tensor]
         shape = pieces[0].shape
         if not fits(box, shape) or not 0 <= start <= stop <= volume(box):
-            raise self._error(f"{tensor} of shape {shape} has no elements {start}:{stop} of {box}")
+            raise self._damaged(
+                f"{tensor} of shape {shape} has no elements {start}:{stop} of {box}"
+            )
         self._check_tiled(tensor)
         out = np.empty(stop - start, pieces[0].dtype)
         wanted = list(rectangles(box, start, stop))
@@ -303,7 +286,7 @@ class Checkpoint:
                     target = out[at : at + volume(part)].reshape(sizes(part))
                     target[region(part, common)] = read[region(near, common)]
         except Exception as error:  # the library raises many kinds for a file that is not its own
-            raise self._error(f"{piece.file} cannot be read ({error})") from None
+            raise self._damaged(f"{piece.file} cannot be read ({error})") from None
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """All logical tensors by name, in the order of the names, one in memory at a time."""

@@ -18,7 +18,6 @@ import numpy as np
 from cupytron.errors import CheckpointError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
 _DTYPES = {"float32": "F32", "float64": "F64"}
 
@@ -229,16 +228,6 @@ def _blocks(header: bytes, pieces: list[Piece]) -> Iterator[Any]:
                     "go on from the last checkpoint with a lower optim.lr"
                 )
             yield block.view(np.uint8)
-
-
-def seal(body: dict[str, Any]) -> bytes:
-    """A manifest's content: its body, and the body's hash."""
-    return json.dumps({"body": body, "sha256": body_hash(body)}, indent=1).encode()
-
-
-def body_hash(body: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's body."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def write_synced(path: Path, content: bytes) -> None:

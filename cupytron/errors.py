@@ -11,3 +11,15 @@ class ConfigError(CupytronError):
 
 class CheckpointError(CupytronError):
     """A checkpoint that is missing, damaged or does not fit the model."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """Its own files prove that it is damaged or incomplete: an older one may take its place."""
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """It cannot be read here and now, which proves no damage: an I/O error, or a newer format."""
+
+
+class GoneCheckpoint(CheckpointError):
+    """It was removed or replaced while it was read: whoever reads it looks again."""

@@ -1,4 +1,7 @@
-"""Steps that all ranks pass, or none: a failure on one of them becomes the same error on each."""
+"""What ranks do together: steps that all of them pass or none, and finding the ranks that are alike.
+
+A failure on one rank becomes the same error on each.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -53,6 +56,14 @@ def together(world: Communicator, work: Callable[[], T]) -> T:
             raise mine
         raise failure.on(rank) from mine
     return result
+
+
+def alike(world: Communicator, key: object) -> list[int]:
+    """The ranks that have this rank's key, in order. Collective.
+
+    Such ranks share a job that has to be done once for each key, such as hashing a file that they all see.
+    """
+    return [rank for rank, other in enumerate(world.gather_objects(key)) if other == key]
 
 
 def _told(error: Exception) -> _Failure:

@@ -9,8 +9,8 @@ import pytest
 
 from cupytron import checkpoint
 from cupytron.checkpoint import Checkpoint, Piece
-from cupytron.checkpoint_format import seal
 from cupytron.errors import CheckpointError
+from cupytron.manifest import seal
 from cupytron.run_folder import RunFolder
 
 

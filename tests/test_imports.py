@@ -16,7 +16,16 @@ LIBRARY = ROOT / "cupytron"
 # Each may import what stands before it, and its own layer.
 LAYERS = [
     {"errors", "chart"},
-    {"launcher", "failing", "process", "config", "config_io", "config_checks", "config_reader"},
+    {
+        "launcher",
+        "failing",
+        "process",
+        "config",
+        "config_io",
+        "config_checks",
+        "config_reader",
+        "manifest",
+    },
     {"backend"},
     {"comm"},
     {"together"},
