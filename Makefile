@@ -5,11 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
+.PHONY: help demo test test-all test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
 
 help:
 	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
 	@echo "make test        everything that can be tested on this machine (9 minutes)"
+	@echo "make test-all    the tests that take longer: every system call, power loss, every phase (20 minutes)"
 	@echo "make test-mpi-4  what ranks say to each other, on 4 ranks under MPICH and Open MPI"
 	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
 	@echo "make lint        style; make typecheck: types"
@@ -48,7 +49,11 @@ demo: .venv/base
 	@BIN=$(BIN) RUNS=$(RUNS) sh benchmarks/demo.sh
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# those that `make test` leaves out
+test-all: .venv/dev
+	$(BIN)/python -m pytest -m slow
 
 test-torch: .venv/torch
 	$(BIN)/python -m pytest -m torch

@@ -27,7 +27,7 @@ class Status:
     def __init__(self) -> None:
         self.count = 0
 
-    def Get_count(self, datatype: Any) -> int:
+    def Get_elements(self, datatype: Any) -> int:
         return self.count
 
 
@@ -165,6 +165,7 @@ MPI = types.SimpleNamespace(
     ERR_TRUNCATE=15,
     REQUEST_NULL=NULL,
     BYTE=object(),
+    Get_version=lambda: (4, 0),
     SUM=object(),
     IN_PLACE=IN_PLACE,
     Is_finalized=lambda: False,

@@ -67,6 +67,48 @@ def test_a_send_is_delivered_though_its_sender_has_ended():
     assert (done.returncode, done.stdout) == (0, "1000000.0\n"), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_message_of_more_than_2_gib_that_came_whole_is_right(name):
+    """Open MPI has no number of bytes above 2^31 - 1 for Get_count. It takes 2.1 GiB in each rank."""
+    code = (
+        "import numpy as np\n"
+        "from cupytron.comm import open_world\n"
+        "world, x = open_world(), np.zeros(2**31 // 8 + 1)\n"
+        "if world.rank == 0:\n"
+        "    x[-1] = 7\n"
+        "    world.send(x, 1, async_op=True).wait()\n"
+        "else:\n"
+        "    print(world.recv(x, 0)[-1])"
+    )
+    done = under(name, 2, "-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "7.0"), done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_elements_than_mpi_can_count_are_an_error_in_one_line(name):
+    code = (
+        "import numpy as np\n"
+        "from cupytron.comm import CommunicationError, mpi, open_world\n"
+        "world = open_world()\n"
+        "mpi.MOST_ELEMENTS = 2**31 - 1\n"
+        "x = np.empty(2**31, np.int8)\n"  # no page of it is ever touched
+        "calls = [lambda: world.send(x, 0, async_op=True), lambda: world.recv(x, 0),\n"
+        "         lambda: world.all_reduce(x), lambda: world.all_gather(x, np.empty(2**32, np.int8)),\n"
+        "         lambda: world.all_to_all(np.empty(2**32, np.int8)), lambda: world.broadcast(x)]\n"
+        "for call in calls:\n"
+        "    try:\n"
+        "        call()\n"
+        "    except CommunicationError as error:\n"
+        "        assert '2,147,483,648 elements' in str(error) and 'MPI 4' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError('taken')\n"
+        "world.barrier()\n"
+    )
+    done = under(name, 2, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 OPEN = (
     "from cupytron.comm import open_world\n"
     "world = open_world()\n"

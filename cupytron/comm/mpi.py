@@ -7,10 +7,14 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from cupytron.comm.bookkeeping import CommunicationError
 from cupytron.comm.communicator import Communicator
 from cupytron.comm.half import ordered_sum
 from cupytron.errors import CupytronError
 from cupytron.failing import end_job
+
+# elements in one operation: MPI counted with a C int until version 4
+MOST_ELEMENTS = 2**31 - 1 if MPI.Get_version()[0] < 4 else 2**63 - 1
 
 
 class _Request:
@@ -79,9 +83,11 @@ class MPICommunicator(Communicator):
             self._comm.Free()
 
     def _all_reduce(self, x: Any) -> Callable[[], None]:
+        self._check_count("all_reduce", x.size)
         return self._started(self._comm.Iallreduce(MPI.IN_PLACE, x, MPI.SUM), x).wait
 
     def _all_gather(self, x: Any, out: Any, in_place: bool) -> Callable[[], None]:
+        self._check_count("all_gather", x.size)
         request = self._comm.Iallgather(MPI.IN_PLACE if in_place else x, out)
         return self._started(request, x, out).wait
 
@@ -98,9 +104,11 @@ class MPICommunicator(Communicator):
         return finish
 
     def _all_to_all(self, x: Any, out: Any) -> Callable[[], None]:
+        self._check_count("all_to_all", x.size // self.size)
         return self._started(self._comm.Ialltoall(x, out), x, out).wait
 
     def _broadcast(self, x: Any, root: int) -> None:
+        self._check_count("broadcast", x.size)
         self._comm.Bcast(x, root)
 
     def _barrier(self) -> None:
@@ -114,11 +122,13 @@ class MPICommunicator(Communicator):
 
     def _post_send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
         """Start to send an array that nobody will change; buffered: nobody will wait for it, either."""
+        self._check_count("send", x.size)
         request = self._started(self._comm.Isend(x, to), x)
         request.buffered = buffered
         return request.wait
 
     def _recv(self, out: Any, source: int) -> Callable[[], None]:
+        self._check_count("recv", out.size)
         request = self._started(self._comm.Irecv(out, source), out)
 
         def wait() -> None:
@@ -128,19 +138,38 @@ class MPICommunicator(Communicator):
                 if error.Get_error_class() != MPI.ERR_TRUNCATE:
                     raise
                 # one library says how long the message was, the other how much of it came
-                sent = request.status.Get_count(MPI.BYTE)
+                sent = _bytes_of(request.status)
                 more = "more than " if sent <= out.nbytes else ""
                 raise self._misfit(out, source, f"{more}{sent} bytes") from None
-            if (sent := request.status.Get_count(MPI.BYTE)) != out.nbytes:
+            if (sent := _bytes_of(request.status)) != out.nbytes:
                 raise self._misfit(out, source, f"{sent} bytes")
 
         return wait
+
+    def _check_count(self, operation: str, count: int) -> None:
+        """Refuse what this MPI library has no numbers for.
+
+        Raises:
+            CommunicationError: more elements than MOST_ELEMENTS go to or come from one rank.
+        """
+        if count > MOST_ELEMENTS:
+            major, minor = MPI.Get_version()
+            raise CommunicationError(
+                f"{operation} on {self.axis}: {count:,} elements, and this MPI library (MPI {major}.{minor}) "
+                f"takes at most {MOST_ELEMENTS:,} at once; use a library with MPI 4 or later, such as MPICH, "
+                "or cut the model into smaller parts (tp)"
+            )
 
     def _started(self, request: Any, *buffers: Any) -> _Request:
         global _pending
         started = _Request(self, request, buffers)
         _pending = [*(other for other in _pending if not other.done()), started]
         return started
+
+
+def _bytes_of(status: Any) -> int:
+    """Bytes of a message that has come: Get_count has no number for 2 GiB and more before MPI 4."""
+    return status.Get_elements(MPI.BYTE)
 
 
 # mpi4py ends MPI after this
