@@ -1,5 +1,8 @@
 """Communicators: one contract for one process, threads and MPI; groups of the mesh; failing ranks."""
 
+import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from launchers import NAMES, OPENMPI, launch
 
+from cupytron import versions
 from cupytron.comm import CommunicationError, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.comm.mesh import place
 from cupytron.errors import CupytronError
@@ -126,6 +130,49 @@ def test_the_world_is_that_of_the_launcher(name):
 def test_one_process_under_a_launcher_needs_no_mpi():
     done = under("mpich", 1, "-c", f"{OPEN}\nimport sys; print('mpi4py' in sys.modules)")
     assert done.stdout == "1 world\nFalse\n"
+
+
+OTHER = (
+    "import os\n"
+    "from cupytron import versions\n"
+    "from cupytron.comm import open_world, world\n"
+    "from cupytron.launcher import launched_rank\n"
+    "known = versions.running()\n"
+    "known['{name}'] += '-other' * (launched_rank() == 1)\n"
+    "world.running = lambda: known\n"
+    "with open_world():\n"
+    "    print('began')"
+)
+
+
+@pytest.mark.parametrize("name", ["cupytron", "numpy"])
+def test_ranks_with_other_versions_are_refused(name):
+    done = under("mpich", 2, "-c", OTHER.replace("{name}", name))
+    assert done.returncode != 0 and "began" not in done.stdout, done.stdout
+    said = re.search(
+        rf"rank 1 on .* has {name} .*-other, rank 0 has .* on .*; install", done.stderr
+    )
+    assert said, done.stderr
+
+
+def test_another_source_file_is_another_version(tmp_path, monkeypatch):
+    """Version numbers stay the same between two commits."""
+    known = versions.sources_hash()
+    assert known == versions.sources_hash()
+    copy = tmp_path / "cupytron"
+    shutil.copytree(Path(versions.__file__).parent, copy)
+    find = importlib.util.find_spec
+
+    def elsewhere(package):
+        found = find(package)
+        if package == "cupytron":
+            found.submodule_search_locations = [str(copy)]
+        return found
+
+    monkeypatch.setattr(importlib.util, "find_spec", elsewhere)
+    assert versions.sources_hash() == known
+    (copy / "optim.py").write_text((copy / "optim.py").read_text() + "\n")
+    assert versions.sources_hash() != known
 
 
 LOADED = "a launcher started 2 processes, and MPI knows 1: mpi4py has loaded"

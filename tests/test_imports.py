@@ -25,6 +25,7 @@ LAYERS = [
         "config_checks",
         "config_reader",
         "manifest",
+        "versions",
     },
     {"backend"},
     {"comm"},

@@ -155,9 +155,9 @@ class MPICommunicator(Communicator):
         if count > MOST_ELEMENTS:
             major, minor = MPI.Get_version()
             raise CommunicationError(
-                f"{operation} on {self.axis}: {count:,} elements, and this MPI library (MPI {major}.{minor}) "
-                f"takes at most {MOST_ELEMENTS:,} at once; use a library with MPI 4 or later, such as MPICH, "
-                "or cut the model into smaller parts (tp)"
+                f"{operation} on {self.axis}: {count:,} elements, and this library's MPI {major}.{minor} "
+                f"takes at most {MOST_ELEMENTS:,} at once; use a library with MPI 4 or later, such as "
+                "MPICH, or cut the model into smaller parts (tp)"
             )
 
     def _started(self, request: Any, *buffers: Any) -> _Request:

@@ -2,8 +2,10 @@
 
 from cupytron.comm.alone import SelfCommunicator
 from cupytron.comm.communicator import Communicator
+from cupytron.errors import CupytronError
 from cupytron.launcher import begin_mpi, launched_tasks
 from cupytron.process import share_cores
+from cupytron.versions import host, running
 
 
 def open_world() -> Communicator:
@@ -14,7 +16,8 @@ def open_world() -> Communicator:
     share of the cores.
 
     Raises:
-        CupytronError: MPI cannot be loaded, or does not know of the processes that were started.
+        CupytronError: MPI cannot be loaded, or does not know of the processes that were started; or a rank
+            runs another version of cupytron or NumPy.
     """
     if launched_tasks() == 1:
         return SelfCommunicator("world")
@@ -22,4 +25,26 @@ def open_world() -> Communicator:
     share_cores()
     from cupytron.comm.mpi import MPICommunicator
 
-    return MPICommunicator()
+    world = MPICommunicator()
+    check_same_program(world)
+    return world
+
+
+def check_same_program(world: Communicator) -> None:
+    """Refuse ranks with another cupytron or NumPy than rank 0: they compute other numbers. Collective.
+
+    Raises:
+        CupytronError: the same on every rank, naming the first rank that differs and its machine.
+    """
+    (first_host, first), *others = world.gather_objects((host(), running()))
+    for rank, (other_host, other) in enumerate(others, start=1):
+        lines = [
+            f"{name} {other[name]}, rank 0 has {first[name]}"
+            for name in first
+            if other[name] != first[name]
+        ]
+        if lines:
+            raise CupytronError(
+                f"rank {rank} on {other_host} has {'; '.join(lines)} on {first_host}; install the same "
+                "version on every machine"
+            )

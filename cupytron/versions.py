@@ -1,0 +1,40 @@
+"""Which program this process runs: all ranks of a job have to run the same one, or they train a mixture."""
+
+import hashlib
+import importlib.util
+import platform
+from importlib import metadata
+from pathlib import Path
+
+_SOURCES = (".py", ".cu", ".cuh", ".toml")
+
+
+def running() -> dict[str, str]:
+    """What the numbers of a rank depend on, by name.
+
+    cupytron: its version, and the first digits of the SHA-256 of its sources, which may differ within a
+    version. numpy: its version.
+    """
+    return {
+        "cupytron": f"{metadata.version('cupytron')} (sources {sources_hash()[:12]})",
+        "numpy": metadata.version("numpy"),
+    }
+
+
+def host() -> str:
+    """The name of this process's machine, for messages."""
+    return platform.node() or "a host without a name"
+
+
+def sources_hash() -> str:
+    """SHA-256 over the names and contents of the package's source files."""
+    digest = hashlib.sha256()
+    # cupytron.cli and cupytron.data may lie elsewhere than the package that they belong to
+    for package in ("cupytron", "cupytron.cli", "cupytron.data"):
+        found = importlib.util.find_spec(package)
+        for folder in (found and found.submodule_search_locations) or ():
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in _SOURCES:
+                    name = f"{package}/{path.relative_to(folder)}"
+                    digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
