@@ -13,6 +13,8 @@ from cupytron.gpu import INSTALL, idle, open_device
 from cupytron.kernels import candidates
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.parallel import checker, schedules
+from cupytron.together import alike
+from cupytron.versions import host
 from cupytron.watchdog import Watchdog
 
 LARGEST_HEAD = 256  # features, of kernels/attention.cu and of cuDNN
@@ -20,20 +22,76 @@ MOST_SHOWN = 16  # ranks whose GPU is named at the start
 
 
 def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
-    """Open a data set that the settings name; rank 0 compares it with its hashes. Collective."""
+    """Open a data set that the settings name. Collective.
+
+    Each copy of it is compared with its hashes, by one rank of each machine that sees the copy.
+
+    Raises:
+        DataError: it is missing or damaged, or the ranks see different ones; the same on every rank.
+    """
     world = world or SelfCommunicator()
+    hashes_it = alike(world, (host(), _copy(Path(path))))[0] == world.rank
+    opened: Dataset | None = None
     try:
-        dataset = open_dataset(path, verify=world.rank == 0)
-    except DataError as error:
-        raise DataError(f"{error} (if it stands elsewhere now, give --data DIR)") from None
-    hashes = (dataset.train.sha256, dataset.val.sha256, dataset.tokenizer_hash)
-    for rank, other in enumerate(world.gather_objects(hashes)):
-        if other != hashes:
+        opened, told = open_dataset(path, verify=hashes_it), None
+    except (DataError, OSError) as error:
+        told = str(error)
+    for rank, problem in enumerate(world.gather_objects(told and (host(), told))):
+        if problem is not None:
+            where = f"rank {rank} on {problem[0]}: " if world.size > 1 else ""
+            raise DataError(f"{where}{problem[1]} (if it stands elsewhere now, give --data DIR)")
+    assert opened is not None
+    hashes = (opened.train.sha256, opened.val.sha256, opened.tokenizer_hash)
+    said = world.gather_objects((host(), hashes))
+    for rank, (machine, other) in enumerate(said):
+        if other != said[0][1]:
             raise DataError(
-                f"{path}: rank {rank} finds another data set there than rank {world.rank}; put it on "
+                f"{path}: rank {rank} on {machine} finds another data set there than rank 0; put it on "
                 "a file system that all ranks share"
             )
-    return dataset
+    return opened
+
+
+def _copy(folder: Path) -> list[tuple[int, int, int] | None]:
+    """Which files the data set's are: ranks that find the same numbers read the same copy."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in ("train.bin", "val.bin"):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return found
+
+
+def check_arithmetic(world: Communicator, environment: Mapping[str, Any], exact: bool) -> list[str]:
+    """Compare what decides the last bits of a rank's products. Collective.
+
+    Args:
+        environment: process.prepare's record, with the BLAS that was loaded.
+        exact: whether the run has promised the same bits on any mesh (train.deterministic).
+
+    Returns: warnings.
+
+    Raises:
+        ConfigError: ranks differ, and bits were promised; the same on every rank.
+    """
+    kernel = environment.get("blas_loaded", environment["blas_kernel"])
+    said = world.gather_objects((host(), kernel))
+    for rank, (machine, other) in enumerate(said):
+        if other != said[0][1]:
+            text = (
+                f"rank {rank} on {machine} has the OpenBLAS kernel {other}, rank 0 {said[0][1]}: "
+                "products differ in their last bits"
+            )
+            if exact:
+                raise ConfigError(
+                    f"train.deterministic: {text}; give a kernel that every processor has, such as "
+                    "--blas-kernel Haswell"
+                )
+            return [text]
+    return []
 
 
 def check_alike(world: Communicator, free: Collection[str] = (), **values: Any) -> None:

@@ -162,6 +162,9 @@ class _Run:
         """Build or restore the state, and bring the folder in line with it."""
         process.note_loaded_blas(self.environment)
         self.progress.line(process.describe(self.environment))
+        exact = self.config.train.deterministic
+        for line in mesh_run.check_arithmetic(self.world, self.environment, exact):
+            self._warn(line)
         for line in mesh_run.describe(self.config, self.context):
             self.progress.line(line)
         found = self.folder.newest(self._warn, self.world)
