@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from cupytron.checkpoint_folders import discard, put_in_place, recover
 from cupytron.checkpoint_format import (
     FORMAT,
     Box,
@@ -29,19 +30,18 @@ from cupytron.checkpoint_format import (
     rectangles,
     region,
     sizes,
-    sync_folder,
     untiled,
     volume,
     whole_box,
-    write_synced,
     write_tensors,
 )
 from cupytron.comm import Communicator, SelfCommunicator
+from cupytron.durable import sync_folder, sync_parents, write_synced
 from cupytron.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from cupytron.manifest import MANIFEST, read_manifest, seal
 from cupytron.together import together
 
-__all__ = ["Checkpoint", "Piece", "discard", "write"]
+__all__ = ["Checkpoint", "Piece", "discard", "recover", "write"]
 
 _MAX_HEADER = 16 << 20  # a hostile safetensors header costs 16 times its size in memory
 _BLOCK = 1 << 22  # elements hashed at a time
@@ -114,10 +114,15 @@ def _finish(temporary: Path, folder: Path, about: dict[str, Any], parts: list[_P
     body = {**about, "format": FORMAT, "pieces": listed, "files": files}
     write_synced(temporary / MANIFEST, seal(body))
     sync_folder(temporary)
-    replaced = _set_aside(folder)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if _is_first(folder.parent):
+        # the folders of the run may be as new as this one
+        sync_parents(folder.parent)
+    put_in_place(temporary, folder)
+
+
+def _is_first(checkpoints: Path) -> bool:
+    """Whether no checkpoint has a name yet."""
+    return all(path.name.startswith(".") for path in checkpoints.iterdir())
 
 
 def _not_shared(folder: Path) -> CheckpointError:
@@ -125,19 +130,6 @@ def _not_shared(folder: Path) -> CheckpointError:
         f"{folder}: the ranks do not see each other's files there; the run's folder must stand on "
         "a file system that all ranks share"
     )
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint; killed half-way it leaves nothing that looks like one."""
-    shutil.rmtree(_set_aside(folder), ignore_errors=True)
-
-
-def _set_aside(folder: Path) -> Path:
-    trash = folder.with_name(f".old-{folder.name}-{os.getpid()}")
-    shutil.rmtree(trash, ignore_errors=True)
-    if folder.exists():
-        folder.rename(trash)
-    return trash
 
 
 class Checkpoint:

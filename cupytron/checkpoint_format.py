@@ -228,20 +228,3 @@ def _blocks(header: bytes, pieces: list[Piece]) -> Iterator[Any]:
                     "go on from the last checkpoint with a lower optim.lr"
                 )
             yield block.view(np.uint8)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file through to the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Write a folder's list of names through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

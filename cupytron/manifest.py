@@ -4,23 +4,17 @@ The manifest is the file that is written last. Its body is any JSON object; the 
 and the file is refused if a single byte of it is not what we would have written.
 """
 
-import errno
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cupytron.errors import DamagedCheckpoint, UnreadableCheckpoint
+from cupytron.errors import DamagedCheckpoint, GoneCheckpoint, UnreadableCheckpoint
+from cupytron.reading import NotAFile, again, open_file
 
 MANIFEST = "manifest.json"
-MAX_BYTES = 64 << 20  # a larger one is no manifest of ours
-# errors of a moment, as a network file system has them: the file behind the name was replaced on the
-# server, or the server did not answer
-_PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
-_TRIES = 3
-_PAUSE = 0.2  # seconds before the second try; each later pause is twice as long
+MAX_BYTES = 64 << 20  # `write` refuses to write more
 
 
 class Manifest(NamedTuple):
@@ -50,27 +44,29 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         DamagedCheckpoint: it is missing, or it is not what we would have written.
-        UnreadableCheckpoint: the system cannot read it, even when asked again.
+        UnreadableCheckpoint: the system cannot read it, even when asked again, or it is too large.
+        GoneCheckpoint: there is no such folder.
     """
-    path = folder / MANIFEST
     try:
-        content, identity = read_again(path)
-        if len(content) > MAX_BYTES:
-            raise DamagedCheckpoint(f"{folder}: {MANIFEST} is too large to be one")
+        content, identity = again(lambda: _read(folder / MANIFEST))
         sealed = json.loads(content)
         body = sealed["body"]
         # byte for byte what we would have written: no change, however small, goes unseen
         whole = seal(body) == content and sealed["sha256"] == body_hash(body)
     except FileNotFoundError:
+        if not os.path.lexists(folder):
+            raise GoneCheckpoint(f"{folder}: there is no such checkpoint") from None
         raise DamagedCheckpoint(
             f"{folder}: {MANIFEST} is missing: not a complete checkpoint"
         ) from None
-    except DamagedCheckpoint:
-        raise
+    except (NotAFile, NotADirectoryError):
+        raise DamagedCheckpoint(f"{folder}: {MANIFEST} is missing: it is not a file") from None
     except OSError as error:
         raise UnreadableCheckpoint(
             f"{folder}: {MANIFEST} cannot be read ({error.strerror})"
         ) from None
+    except UnreadableCheckpoint:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} is damaged") from None
     if not whole:
@@ -80,25 +76,19 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(body, sealed["sha256"], identity)
 
 
-def read_again(path: Path) -> tuple[bytes, tuple[int, int, int]]:
-    """A file's content, at most MAX_BYTES + 1 bytes of it, and its identity.
+def _read(path: Path) -> tuple[bytes, tuple[int, int, int]]:
+    """The content of a manifest's file, and the file's identity."""
+    with open_file(path) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size > MAX_BYTES:
+            # earlier versions wrote such files for very large jobs: it is no damage
+            raise UnreadableCheckpoint(
+                f"{path.parent}: {MANIFEST} has {status.st_size} bytes; at most {MAX_BYTES} can be read"
+            )
+        content = file.read(MAX_BYTES + 1)
+    return content, identity_of(status)
 
-    An error of a moment is not believed at once: the file is read up to three times.
 
-    Raises:
-        OSError: the last error, if it stays.
-    """
-    pause = _PAUSE
-    for left in reversed(range(_TRIES)):
-        try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            if not left or error.errno not in _PASSING:
-                raise
-            time.sleep(pause)
-            pause *= 2
-        else:
-            return content, (status.st_ino, status.st_mtime_ns, status.st_size)
-    raise AssertionError
+def identity_of(status: os.stat_result) -> tuple[int, int, int]:
+    """A file's identity, as in Manifest."""
+    return status.st_ino, status.st_mtime_ns, status.st_size

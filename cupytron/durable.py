@@ -1,0 +1,79 @@
+"""Files and names that survive a crash: content and folders written through to the disk, names exchanged.
+
+It needs the standard library alone, so that `data/` may use it too.
+"""
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+_AT_FDCWD = -100  # a path that is not absolute begins at the working directory
+_RENAME_EXCHANGE = 2
+# EPERM: a container's filter of system calls says this of calls that it does not know. If it is a matter of
+# permission after all, the ordinary renames that follow fail with the same error.
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file through to the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Write a folder's list of names through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_parents(path: Path) -> None:
+    """Write the names of a folder and of the folders above it through to the disk.
+
+    A folder that was made a moment ago is lost in a power cut, with all that it holds, while its parent's
+    list of names is in memory only. The walk ends at the file system's root, or at a folder that this
+    user may not read: this user has made neither.
+    """
+    path = path.resolve()
+    device = path.stat().st_dev
+    for parent in path.parents:
+        try:
+            if parent.stat().st_dev != device:
+                return
+            sync_folder(parent)
+        except PermissionError:
+            return
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once: at no moment is either of them missing.
+
+    See renameat2(2), RENAME_EXCHANGE. It is Linux's, and not every file system has it (NFS does not).
+
+    Returns: False, with nothing changed, if the system or the file system cannot.
+
+    Raises:
+        OSError: any other error, such as a name that is not there.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    renameat2.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_uint,
+    )
+    names = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
