@@ -2,8 +2,9 @@
 
 A folder holds safetensors files, one a rank, and `manifest.json`. A piece is (tensor, box in the logical
 tensor, flat range within that box), stored one-dimensional, so that any mesh can write its shards and any
-other can read them; no rank ever holds the model. The manifest has the size and SHA-256 of every file, and
-of itself; it is written last, and the folder gets its name last of all. Nothing here is a pickle.
+other can read them; no rank ever holds the model. Each file lists its own pieces in its header. The
+manifest has the size of every file, its SHA-256, that of its header, and that of the manifest itself; it is
+written last, and the folder gets its name last of all. Nothing here is a pickle.
 """
 
 import hashlib
@@ -15,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
+from cupytron.checkpoint_files import CheckpointFiles
 from cupytron.checkpoint_folders import discard, put_in_place, recover
 from cupytron.checkpoint_format import (
     FORMAT,
     Box,
-    Listed,
     Piece,
     enclosing,
     fits,
     intersection,
-    listed_piece,
     rectangles,
     region,
     sizes,
-    untiled,
     volume,
     whole_box,
     write_tensors,
@@ -38,12 +36,12 @@ from cupytron.checkpoint_format import (
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.durable import sync_folder, sync_parents, write_synced
 from cupytron.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
-from cupytron.manifest import MANIFEST, read_manifest, seal
-from cupytron.together import together
+from cupytron.manifest import MANIFEST, MAX_BYTES, read_manifest, seal
+from cupytron.piece_table import Pieces, PieceTable, by_tensor, merged, untiled
+from cupytron.together import alike, together
 
 __all__ = ["Checkpoint", "Piece", "discard", "recover", "write"]
 
-_MAX_HEADER = 16 << 20  # a hostile safetensors header costs 16 times its size in memory
 _BLOCK = 1 << 22  # elements hashed at a time
 
 
@@ -86,33 +84,42 @@ def write(
         raise
 
 
-_Part = tuple[list[dict], dict[str, dict[str, Any]]]  # a manifest's pieces, and its files
-
-
 def _make_afresh(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
 
-def _write_part(temporary: Path, pieces: list[Piece], rank: int) -> _Part:
+def _write_part(temporary: Path, pieces: list[Piece], rank: int) -> dict[str, dict[str, Any]]:
+    """Write a rank's file; returns what the manifest says of it by its name."""
     if not temporary.is_dir():
         raise _not_shared(temporary.parent)
     if not pieces:
-        return [], {}
+        return {}
     path = temporary / f"rank-{rank:05d}.safetensors"
-    listed, file = write_tensors(path, pieces)
-    return listed, {path.name: file}
+    return {path.name: write_tensors(path, pieces)}
 
 
-def _finish(temporary: Path, folder: Path, about: dict[str, Any], parts: list[_Part]) -> None:
-    files = {name: file for _, its in parts for name, file in its.items()}
+def _finish(
+    temporary: Path, folder: Path, about: dict[str, Any], parts: list[dict[str, dict[str, Any]]]
+) -> None:
+    files = {name: file for part in parts for name, file in part.items()}
     for name, file in files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             raise _not_shared(temporary.parent)
-    listed = [entry for entries, _ in parts for entry in entries]
-    body = {**about, "format": FORMAT, "pieces": listed, "files": files}
-    write_synced(temporary / MANIFEST, seal(body))
+    content = seal({**about, "format": FORMAT, "files": files})
+    if len(content) > MAX_BYTES:
+        raise CheckpointError(
+            f"{folder}: {MANIFEST} would have {len(content)} bytes for {len(files)} files; a reader "
+            f"takes at most {MAX_BYTES}; save from fewer ranks"
+        )
+    write_synced(temporary / MANIFEST, content)
+    try:
+        Checkpoint(temporary)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: was not saved, since nobody could read it: {error}"
+        ) from None
     sync_folder(temporary)
     if _is_first(folder.parent):
         # the folders of the run may be as new as this one
@@ -135,93 +142,105 @@ def _not_shared(folder: Path) -> CheckpointError:
 class Checkpoint:
     """A checkpoint on disk whose manifest is whole; `verify` checks the files too.
 
+    Its lists of pieces are read when they are first needed: many checkpoints are opened for `about` alone.
+
     Attributes:
         about: the manifest's body. sha256: of it. identity: of its file, as Manifest's.
+        step: that it was saved at. files: (bytes, SHA-256) of each by its name.
 
     Raises:
-        DamagedCheckpoint: it is missing or damaged.
+        DamagedCheckpoint: its own files prove it damaged or incomplete.
         UnreadableCheckpoint: it cannot be read now, or a newer version wrote it.
+        GoneCheckpoint: it is not there, or it was removed or replaced while it was read.
+            Each method may raise these.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.about, self.sha256, self.identity = read_manifest(folder)
-        if self.about.get("format") != FORMAT:
-            raise self._unreadable(
-                f"format {self.about.get('format')} is not {FORMAT}, which this version reads; "
-                "use the version of cupytron that wrote it"
+        manifest = read_manifest(folder)
+        self.about, self.sha256 = manifest.body, manifest.sha256
+        version = self.about.get("format")
+        if type(version) is int and version > FORMAT:
+            raise UnreadableCheckpoint(
+                f"{folder}: format {version} is newer than {FORMAT}, the newest that this version of "
+                "cupytron reads; use the version that wrote it"
             )
-        self._by_tensor: dict[str, list[Listed]] = {}
+        if type(version) is not int or version < 1:
+            raise DamagedCheckpoint(f"{folder}: {MANIFEST} lacks or garbles 'format'")
+        self._files = CheckpointFiles(folder, manifest)
+        self.files = {
+            name: (int(f["bytes"]), str(f["sha256"])) for name, f in self.about["files"].items()
+        }
         try:
             self.step = int(self.about["step"])
-            self.pieces = [listed_piece(p) for p in self.about["pieces"]]
-            self.files = {
-                str(k): (int(f["bytes"]), str(f["sha256"])) for k, f in self.about["files"].items()
-            }
-            for piece in self.pieces:
-                others = self._by_tensor.setdefault(piece.tensor, [])
-                others.append(piece)
-                alike = (piece.shape, piece.dtype) == (others[0].shape, others[0].dtype)
-                if piece.file not in self.files or not alike:
-                    raise ValueError(f"a piece of {piece.tensor}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(f"{MANIFEST} lacks or garbles {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._files.damaged(f"{MANIFEST} lacks or garbles {error}") from None
+        self._tensors: dict[str, Pieces] | None = None  # None: no list has been read yet
         self._tiled: set[str] = set()  # tensors whose pieces have been compared
         self._verified = False
 
-    def _damaged(self, what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(f"{self.folder}: {what}")
-
-    def _unreadable(self, what: str) -> UnreadableCheckpoint:
-        return UnreadableCheckpoint(f"{self.folder}: {what}")
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """The manifest's file: ranks with the same identity look at the same file, not at two copies."""
+        return self._files.identity
 
     def verify(self, world: Communicator | None = None) -> None:
         """Compare every file with the manifest, byte for byte. Collective over `world`.
+
+        Ranks that see the same files share the work; a copy that only some ranks see is hashed by them.
+        Afterwards every rank knows where all pieces are, and `read` needs no more headers.
 
         Args:
             world: ranks that share the work, a file each in turn; None: this process alone.
 
         Raises:
-            CheckpointError: naming a file that does not match; the same on every rank.
+            CheckpointError: naming a file that does not match, or a rank that sees another checkpoint;
+                the same on every rank.
         """
         world = world or SelfCommunicator()
-        together(world, lambda: self._verify_share(world.rank, world.size))
+        self._check_same(world)
+        sharing = alike(world, self.identity)
+        numbers = range(sharing.index(world.rank), len(self._files), len(sharing))
+        table = together(world, lambda: self._files.verify(numbers))
+        # the lists of one copy are enough: the manifest's hashes have proved all copies alike
+        tables = world.gather_objects(table if sharing[0] == 0 else None)
+        together(world, lambda: self._take([t for t in tables if t is not None]))
+        names = list(self._by_tensor())[world.rank :: world.size]
+        together(world, lambda: [self._check_tiled(name) for name in names])
+        self._tiled.update(self._by_tensor())
         self._verified = True
 
-    def _verify_share(self, rank: int, size: int) -> None:
-        for name in list(self.files)[rank::size]:
-            self._verify_file(name)
-        for tensor in self._by_tensor:
-            self._check_tiled(tensor)
+    def _check_same(self, world: Communicator) -> None:
+        seen = world.gather_objects(self.sha256)
+        other = next((rank for rank, sha256 in enumerate(seen) if sha256 != seen[0]), None)
+        if other is not None:
+            raise CheckpointError(
+                f"rank {other} sees another checkpoint of step {self.step} than rank 0 in "
+                f"{self.folder}; put the run's folder on a file system that all ranks share"
+            )
 
-    def _verify_file(self, name: str) -> None:
-        path = self.folder / name
-        size, expected = self.files[name]
+    def _take(self, tables: list[PieceTable]) -> None:
         try:
-            if path.stat().st_size != size:
-                raise self._damaged(f"{name} has {path.stat().st_size} bytes in place of {size}")
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise self._damaged(f"{name} is missing") from None
-        except OSError as error:
-            raise self._unreadable(f"{name} cannot be read ({error.strerror})") from None
-        if found != expected:
-            raise self._damaged(f"{name} is damaged: it does not match its SHA-256")
+            self._tensors = by_tensor(merged(tables))
+        except ValueError as error:
+            raise self._files.damaged(f"{error}") from None
+
+    def _by_tensor(self) -> dict[str, Pieces]:
+        if self._tensors is None:
+            self._take([self._files.table(range(len(self._files)))])
+        assert self._tensors is not None
+        return self._tensors
 
     def _check_tiled(self, tensor: str) -> None:
         if tensor in self._tiled:
             return
-        if wrong := untiled(self._by_tensor[tensor]):
-            raise self._damaged(wrong)
+        if wrong := untiled(tensor, self._by_tensor()[tensor]):
+            raise self._files.damaged(wrong)
         self._tiled.add(tensor)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of each logical tensor, in the order of the names."""
-        return {
-            name: (pieces[0].shape, np.dtype(pieces[0].dtype))
-            for name, pieces in sorted(self._by_tensor.items())
-        }
+        return {name: (p.shape, np.dtype(p.dtype)) for name, p in self._by_tensor().items()}
 
     def read(self, tensor: str, box: Box, start: int, stop: int) -> np.ndarray:
         """Elements start ... stop of a box of a logical tensor, whatever the pieces.
@@ -239,46 +258,38 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor or part, or a file cannot be read.
         """
-        if tensor not in self._by_tensor:
-            raise self._damaged(f"it has no tensor {tensor}")
-        pieces = self._by_tensor[tensor]
-        shape = pieces[0].shape
-        if not fits(box, shape) or not 0 <= start <= stop <= volume(box):
-            raise self._damaged(
-                f"{tensor} of shape {shape} has no elements {start}:{stop} of {box}"
+        pieces = self._by_tensor().get(tensor)
+        if pieces is None:
+            raise CheckpointError(f"{self.folder}: it has no tensor {tensor}")
+        if not fits(box, pieces.shape) or not 0 <= start <= stop <= volume(box):
+            raise CheckpointError(
+                f"{self.folder}: {tensor} of shape {pieces.shape} has no elements {start}:{stop} of {box}"
             )
         self._check_tiled(tensor)
-        out = np.empty(stop - start, pieces[0].dtype)
+        out = np.empty(stop - start, pieces.dtype)
         wanted = list(rectangles(box, start, stop))
-        for piece in pieces:
-            self._copy(piece, wanted, out)
+        for number in pieces.near(box, start, stop):
+            self._copy(pieces, int(number), wanted, out)
+        self._files.check_still_there()
         return out
 
-    def _copy(self, piece: Listed, wanted: list[tuple[int, Box]], out: np.ndarray) -> None:
+    def _copy(
+        self, pieces: Pieces, number: int, wanted: list[tuple[int, Box]], out: np.ndarray
+    ) -> None:
         """Copy from a piece what lies in the rectangles wanted, which stand in `out`."""
-        found = [
-            (at, part, held_at, held, common)
-            for held_at, held in rectangles(piece.box, piece.start, piece.stop)
-            for at, part in wanted
-            if (common := intersection(held, part)) is not None
-        ]
-        if not found:
-            return
-        path = self.folder / piece.file
-        try:
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > _MAX_HEADER:
-                    raise ValueError("its header is too large")
-            with safetensors.safe_open(path, framework="np") as stored:
-                values = stored.get_slice(piece.key)
-                for at, part, held_at, held, common in found:
-                    first, near = enclosing(held, common)
-                    first += held_at
-                    read = values[first : first + volume(near)].reshape(sizes(near))
-                    target = out[at : at + volume(part)].reshape(sizes(part))
-                    target[region(part, common)] = read[region(near, common)]
-        except Exception as error:  # the library raises many kinds for a file that is not its own
-            raise self._damaged(f"{piece.file} cannot be read ({error})") from None
+        box = tuple((int(a), int(b)) for a, b in pieces.boxes[number])
+        begin, end = map(int, pieces.ranges[number])
+        for held_at, held in rectangles(box, begin, end):
+            for at, part in wanted:
+                common = intersection(held, part)
+                if common is None:
+                    continue
+                first, near = enclosing(held, common)
+                values = np.empty(volume(near), out.dtype)
+                offset = int(pieces.offsets[number]) + (held_at + first) * out.itemsize
+                self._files.read(int(pieces.files[number]), offset, values)
+                target = out[at : at + volume(part)].reshape(sizes(part))
+                target[region(part, common)] = values.reshape(sizes(near))[region(near, common)]
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """All logical tensors by name, in the order of the names, one in memory at a time."""

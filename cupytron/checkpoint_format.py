@@ -1,7 +1,6 @@
-"""What a checkpoint consists of: pieces, the files that hold them, and the sealed manifest.
+"""What a checkpoint consists of: pieces, and the safetensors files that hold and list them.
 
-A flat range of a box is a union of few rectangles; all that is asked of pieces (do they tile the tensor,
-which of them hold what a rank wants) is asked of boxes, flat ranges and these rectangles.
+A flat range of a box is a union of few rectangles; these say which elements of a piece a rank wants.
 """
 
 import hashlib
@@ -17,8 +16,11 @@ import numpy as np
 
 from cupytron.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+MAX_HEADER = 16 << 20  # bytes; reading one takes about 16 times its size in memory
 _BLOCK = 1 << 20
+_MAX_DIMS = 8
+_MAX_ELEMENTS = 1 << 59  # so that no number of bytes exceeds 64 bits
 _DTYPES = {"float32": "F32", "float64": "F64"}
 
 Box = tuple[tuple[int, int], ...]
@@ -40,7 +42,7 @@ class Piece(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A piece as the manifest lists it."""
+    """A piece as a file's header lists it."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -48,24 +50,29 @@ class Listed(NamedTuple):
     box: Box
     start: int
     stop: int
-    file: str
-    key: str
 
 
-def listed_piece(p: dict[str, Any]) -> Listed:
-    """A manifest's entry, checked.
+def listed(tensor: Any, shape: Any, dtype: Any, box: Any, span: Any) -> Listed:
+    """A list's entry, checked.
 
     Raises:
-        ValueError, KeyError, TypeError: it is nonsense.
+        ValueError, TypeError: it is nonsense.
     """
-    shape = tuple(int(n) for n in p["shape"])
-    box = tuple((int(a), int(b)) for a, b in p["box"])
-    start, stop = (int(n) for n in p["range"])
-    name = str(p["file"])
-    held = 0 <= start <= stop <= volume(box)
-    if p["dtype"] not in _DTYPES or not fits(box, shape) or not held or "/" in name:
-        raise ValueError(f"a piece of {p['tensor']}")
-    return Listed(str(p["tensor"]), shape, p["dtype"], box, start, stop, name, str(p["key"]))
+    (start, stop), box = span, tuple((a, b) for a, b in box)
+    piece = Listed(tensor, tuple(shape), dtype, box, start, stop)
+    numbers = (*piece.shape, *itertools.chain(*box), start, stop)
+    possible = (
+        isinstance(tensor, str)
+        and dtype in _DTYPES
+        and all(type(n) is int for n in numbers)
+        and len(piece.shape) <= _MAX_DIMS
+        and math.prod(piece.shape) <= _MAX_ELEMENTS
+        and fits(box, piece.shape)
+        and 0 <= start <= stop <= volume(box)
+    )
+    if not possible:
+        raise ValueError(f"a piece of {tensor}")
+    return piece
 
 
 # geometry
@@ -149,76 +156,93 @@ def region(box: Box, part: Box) -> tuple[slice, ...]:
     return tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, part, strict=True))
 
 
-def untiled(pieces: list[Listed]) -> str | None:
-    """What is wrong if the pieces of one tensor do not hold each of its elements exactly once.
-
-    Boxes must not overlap, nor ranges of one box; then the number of elements tells of holes.
-    """
-    boxes: dict[Box, list[tuple[int, int]]] = {}
-    for piece in pieces:
-        if piece.start < piece.stop:
-            boxes.setdefault(piece.box, []).append((piece.start, piece.stop))
-    twice = any(intersection(a, b) for a, b in itertools.combinations(boxes, 2)) or any(
-        before[1] > after[0]
-        for ranges in boxes.values()
-        for before, after in itertools.pairwise(sorted(ranges))
-    )
-    if twice:
-        return f"{pieces[0].tensor} is held twice in part"
-    held = sum(piece.stop - piece.start for piece in pieces)
-    if held != math.prod(pieces[0].shape):
-        return f"{pieces[0].tensor} is not complete: {held} elements of {pieces[0].shape}"
-    return None
-
-
 # files
 
 
-def write_tensors(path: Path, pieces: list[Piece]) -> tuple[list[dict], dict[str, Any]]:
+def header_of(pieces: list[Listed], with_list: bool = True) -> tuple[bytes, list[int]]:
+    """The beginning of a file that holds these pieces, in this order, and nothing else.
+
+    Args:
+        with_list: whether it lists them; in format 1 the manifest does.
+
+    Returns: the eight bytes of its length and the header; where in the file each piece begins.
+    """
+    header: dict[str, Any] = {}
+    if with_list:
+        entries = [(p.tensor, p.shape, p.dtype, p.box, (p.start, p.stop)) for p in pieces]
+        header["__metadata__"] = {"pieces": json.dumps(entries, separators=(",", ":"))}
+    offsets, at = [], 0
+    for number, piece in enumerate(pieces):
+        offsets.append(at)
+        at += (piece.stop - piece.start) * np.dtype(piece.dtype).itemsize
+        header[f"{number:06d}/{piece.tensor}"] = {
+            "dtype": _DTYPES[piece.dtype],
+            "shape": [piece.stop - piece.start],
+            "data_offsets": [offsets[-1], at],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, [len(head) + offset for offset in offsets]
+
+
+def parse_header(head: bytes) -> tuple[list[Listed], list[int]]:
+    """The pieces that the beginning of a file lists, and where in the file each one begins.
+
+    Raises:
+        ValueError: it is not, byte for byte, what `header_of` makes of the list.
+    """
+    try:
+        entries = json.loads(json.loads(head[8:])["__metadata__"]["pieces"])
+        pieces = [listed(*entry) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its list of pieces is lacking or garbled ({error})") from None
+    # so keys, dtypes, sizes and offsets are those of the list
+    expected, offsets = header_of(pieces)
+    if expected != head:
+        raise ValueError("its header does not fit its list of pieces")
+    return pieces, offsets
+
+
+def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
     """A safetensors file, streamed: no second copy of the tensors in memory, hashed on the way.
 
     Format: https://huggingface.co/docs/safetensors, "Format".
 
-    Returns: the manifest's entries for the pieces, and for the file.
+    Returns: the manifest's entry for the file.
+
+    Raises:
+        CheckpointError: a value is not finite, or the header is larger than a reader would take.
     """
-    header: dict[str, Any] = {}
-    listed = []
-    offset = 0
-    for number, piece in enumerate(pieces):
-        key, size = f"{number:06d}/{piece.tensor}", piece.values.nbytes
-        header[key] = {
-            "dtype": _DTYPES[piece.values.dtype.name],
-            "shape": [len(piece.values)],
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-        listed.append(
-            {
-                "tensor": piece.tensor,
-                "shape": list(piece.shape),
-                "dtype": piece.values.dtype.name,
-                "box": [list(b) for b in piece.box],
-                "range": [piece.start, piece.stop],
-                "key": key,
-                "file": path.name,
-            }
+    entries = [
+        Listed(
+            p.tensor, tuple(p.shape), p.values.dtype.name, tuple(map(tuple, p.box)), p.start, p.stop
         )
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        for p in pieces
+    ]
+    head, _ = header_of(entries)
+    if len(head) > MAX_HEADER:
+        raise CheckpointError(
+            f"{path.name} would hold {len(pieces)} pieces in a header of {len(head)} bytes; a reader "
+            f"takes at most {MAX_HEADER}; spread the model over more ranks"
+        )
+    parse_header(head)  # a piece that no reader would take must not be written
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for block in _blocks(text, pieces):
+        for block in itertools.chain([head], _blocks(pieces)):
             digest.update(block)
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    return listed, {"bytes": size, "sha256": digest.hexdigest()}
+    return {
+        "bytes": size,
+        "header": hashlib.sha256(head).hexdigest(),
+        "sha256": digest.hexdigest(),
+    }
 
 
-def _blocks(header: bytes, pieces: list[Piece]) -> Iterator[Any]:
-    yield len(header).to_bytes(8, "little")
-    yield header
+def _blocks(pieces: list[Piece]) -> Iterator[Any]:
     for piece in pieces:
         for at in range(0, len(piece.values), _BLOCK):
             block = np.ascontiguousarray(piece.values[at : at + _BLOCK])

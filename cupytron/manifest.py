@@ -53,6 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = sealed["body"]
         # byte for byte what we would have written: no change, however small, goes unseen
         whole = seal(body) == content and sealed["sha256"] == body_hash(body)
+        whole = whole and isinstance(body, dict)
     except FileNotFoundError:
         if not os.path.lexists(folder):
             raise GoneCheckpoint(f"{folder}: there is no such checkpoint") from None

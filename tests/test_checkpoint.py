@@ -9,7 +9,7 @@ import pytest
 
 from cupytron import checkpoint
 from cupytron.checkpoint import Checkpoint, Piece
-from cupytron.errors import CheckpointError
+from cupytron.errors import CheckpointError, UnreadableCheckpoint
 from cupytron.manifest import seal
 from cupytron.run_folder import RunFolder
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_format_says_so(tmp_path):
     folder.mkdir()
     body = {"format": 99, "step": 1}
     (folder / "manifest.json").write_bytes(seal(body))
-    with pytest.raises(CheckpointError, match="format 99 is not 1"):
+    with pytest.raises(UnreadableCheckpoint, match="format 99 is newer than 2"):
         Checkpoint(folder)
 
 

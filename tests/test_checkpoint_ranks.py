@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launchers import NAMES, launch
 
-from cupytron import checkpoint, checkpoint_format
+from cupytron import checkpoint, piece_table
 from cupytron.checkpoint import Checkpoint, Piece
+from cupytron.checkpoint_format import Listed, volume
 from cupytron.comm import run_ranks
-from cupytron.errors import CheckpointError
+from cupytron.errors import CheckpointError, DamagedCheckpoint
 
 SIZES = [1, 2, 3, 4]
 
@@ -222,52 +223,97 @@ def test_any_pieces_give_any_part(tmp_path_factory, case):
         np.testing.assert_array_equal(got, want)
 
 
+def listed(shape, box, start, stop):
+    return Listed("a", shape, "float32", box, start, stop)
+
+
+def wrong_with(pieces):
+    """What `untiled` says of pieces of one tensor."""
+    table = piece_table.table_of(0, pieces, [0] * len(pieces))
+    return piece_table.untiled("a", piece_table.by_tensor(table)["a"])
+
+
 @settings(max_examples=100, deadline=None)
 @given(case=cut_tensors(), data=st.data())
 def test_pieces_that_do_not_tile_are_found(case, data):
     array, pieces, _ = case
-    listed = [
-        checkpoint_format.Listed("a", array.shape, "float32", p.box, p.start, p.stop, "f", "k")
-        for p in pieces
-    ]
-    if not any(p.start < p.stop for p in listed):
+    pieces = [listed(array.shape, p.box, p.start, p.stop) for p in pieces]
+    held = [n for n, p in enumerate(pieces) if p.start < p.stop]
+    if not held:
         return
-    assert checkpoint_format.untiled(listed) is None
-    chosen = data.draw(st.sampled_from([p for p in listed if p.start < p.stop]))
-    rest = [p for p in listed if p is not chosen]
-    assert checkpoint_format.untiled([*listed, chosen]) == "a is held twice in part"
+    assert wrong_with(pieces) is None
+    chosen = data.draw(st.sampled_from(held))
+    rest = [p for n, p in enumerate(pieces) if n != chosen]
+    assert wrong_with([*pieces, pieces[chosen]]) == "a is held twice in part"
     if rest:
-        assert "a is not complete" in checkpoint_format.untiled(rest)
+        assert "a is not complete" in wrong_with(rest)
     # as many elements as there should be, and yet not all of them
-    others = [p for p in rest if p.stop - p.start == chosen.stop - chosen.start]
+    size = pieces[chosen].stop - pieces[chosen].start
+    others = [p for p in rest if p.stop - p.start == size]
     if others:
-        swapped = others[0]._replace(key="other")
-        assert checkpoint_format.untiled([*rest, swapped]) == "a is held twice in part"
+        assert wrong_with([*rest, others[0]]) == "a is held twice in part"
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_boxes_tile_or_not_as_counting_says(data):
+    """Boxes drawn at random, some of them moved from where they tile; counted element by element."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    count = np.zeros(shape, int)
+    pieces = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        box = tuple(sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape)
+        box = tuple(map(tuple, box))
+        if volume(box):
+            count[tuple(slice(a, b) for a, b in box)] += 1
+        pieces.append(listed(shape, box, 0, volume(box)))
+    # complete with single elements what no box holds, perhaps
+    if data.draw(st.booleans()):
+        for index in np.argwhere(count == 0):
+            pieces.append(listed(shape, tuple((int(i), int(i) + 1) for i in index), 0, 1))
+            count[tuple(index)] = 1
+    wrong = wrong_with(pieces)
+    assert (wrong is None) == bool((count == 1).all())
+    if wrong and "not complete" in wrong:
+        assert (count == 0).any()
+    elif wrong:
+        assert (count > 1).any()
 
 
 def test_boxes_that_overlap_are_found():
-    def listed(box):
-        size = checkpoint_format.volume(box)
-        return checkpoint_format.Listed("a", (4, 4), "float32", box, 0, size, "f", "k")
+    both = [listed((4, 4), ((0, 4), (0, 3)), 0, 12), listed((4, 4), ((3, 4), (0, 4)), 0, 4)]
+    assert wrong_with(both) == "a is held twice in part"
 
-    both = [listed(((0, 4), (0, 3))), listed(((3, 4), (0, 4)))]
-    assert checkpoint_format.untiled(both) == "a is held twice in part"
+
+def test_many_boxes_are_compared_at_once():
+    """40,000 boxes, which are 800 million pairs of boxes."""
+    n = 200
+    shape = (2 * n, 3 * n)
+    pieces = [
+        listed(shape, ((2 * i, 2 * i + 2), (3 * j, 3 * j + 3)), 0, 6)
+        for i in range(n)
+        for j in range(n)
+    ]
+    assert wrong_with(pieces) is None
+    pieces[777] = pieces[778]
+    assert wrong_with(pieces) == "a is held twice in part"
 
 
 def test_only_what_overlaps_is_read(tmp_path):
-    """Its part of a checkpoint comes whole though another rank's file is gone."""
+    """Its part of a checkpoint comes whole though another rank's file is gone meanwhile."""
     run_ranks(
         3,
         lambda comm: checkpoint.write(
             tmp_path / "a", pieces_of(comm.rank, 3, 1), {"step": 1}, comm
         ),
     )
-    (tmp_path / "a" / "rank-00002.safetensors").unlink()
     found, table = Checkpoint(tmp_path / "a"), checkpoint_ranks.tensors()["weight/table"]
+    found.verify()
+    (tmp_path / "a" / "rank-00002.safetensors").unlink()
     np.testing.assert_array_equal(
         found.read("weight/table", ((3, 9), (1, 4)), 2, 17), table[3:9, 1:].reshape(-1)[2:17]
     )
-    with pytest.raises(CheckpointError, match=r"rank-00002\.safetensors cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00002\.safetensors is missing"):
         found.read("weight/table", ((3, 11), (1, 4)), 0, 24)
 
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"layer", "stash"},
     {"nn"},
     {"model"},
-    {"checkpoint", "checkpoint_folders", "checkpoint_format", "piece_table"},
+    {"checkpoint", "checkpoint_files", "checkpoint_folders", "checkpoint_format", "piece_table"},
     {"parallel", "optim"},
     {"sampling"},
     {"gpu", "graph", "gpu_step"},

@@ -134,7 +134,7 @@ def resave(out, *settings, **mesh):
     sizes = {axis: getattr(config.parallel, axis) for axis in ("tp", "pp", "dp")}
     place = RunFolder(out).place(4)
     about = dict(Checkpoint(place).about)
-    for key in ("format", "pieces", "files"):
+    for key in ("format", "files"):
         about.pop(key)
 
     def body(world):

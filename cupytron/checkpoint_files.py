@@ -1,0 +1,213 @@
+"""Reading the files of a checkpoint, and what an error then says: damage, no access, or no such files now.
+
+A checkpoint is damaged only if its own files prove it. It may also be unreadable for now, or have been
+removed or replaced by the run beside which it is read.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+
+from cupytron.checkpoint_format import MAX_HEADER, Listed, header_of, listed, parse_header
+from cupytron.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    GoneCheckpoint,
+    UnreadableCheckpoint,
+)
+from cupytron.manifest import MANIFEST, Manifest, identity_of, read_manifest
+from cupytron.piece_table import PieceTable, merged, table_of
+from cupytron.reading import NotAFile, again, open_file
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"rank-\d{5,}\.safetensors")
+_BLOCK = 1 << 22  # bytes read at a time
+
+
+class _Entry(NamedTuple):
+    """What the manifest says of a file. header: SHA-256 of its beginning, up to the first value."""
+
+    name: str
+    bytes: int
+    sha256: str
+    header: str
+    pieces: list[Listed] | None  # None: the file lists them itself
+
+
+class CheckpointFiles:
+    """The files that a manifest names; they are known by their numbers, 0 ... len - 1.
+
+    Raises:
+        DamagedCheckpoint, UnreadableCheckpoint, GoneCheckpoint: from each method, as their names say.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.sha256, self.identity = manifest.sha256, manifest.identity
+        body = manifest.body
+        try:
+            self._entries = _entries_1(body) if body["format"] == 1 else _entries_2(body)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self.damaged(f"{MANIFEST} lacks or garbles {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def damaged(self, what: str) -> DamagedCheckpoint:
+        """An error that names the checkpoint."""
+        return DamagedCheckpoint(f"{self.folder}: {what}")
+
+    def table(self, numbers: Iterable[int]) -> PieceTable:
+        """The pieces of these files, from their headers, which the manifest's hashes prove."""
+        return self._tables(numbers, self._head)
+
+    def verify(self, numbers: Iterable[int]) -> PieceTable:
+        """Compare these files with the manifest, byte for byte; returns the pieces in them."""
+        return self._tables(numbers, self._verified_head)
+
+    def read(self, number: int, offset: int, out: np.ndarray) -> None:
+        """Fill a one-dimensional array with what stands from a byte of a file on."""
+        entry = self._entries[number]
+        # blocks: a single read gives 2 GiB at most
+        view = out.view(np.uint8)
+
+        def fill(file: BinaryIO) -> None:
+            file.seek(offset)
+            for at in range(0, len(view), _BLOCK):
+                block = view[at : at + _BLOCK]
+                if file.readinto(block) != len(block):
+                    raise self.damaged(f"{entry.name} ends too early: it has been cut")
+
+        self._with_file(entry, fill)
+
+    def check_still_there(self) -> None:
+        """Raise GoneCheckpoint if the name means another checkpoint by now, or none."""
+        with contextlib.suppress(OSError):
+            if identity_of(os.stat(self.folder / MANIFEST)) == self.identity:
+                return
+        if (error := self._gone()) is not None:
+            raise error
+
+    def _gone(self) -> CheckpointError | None:
+        """Why files may not be those of the manifest that was read; None: the same one is still there."""
+        try:
+            now = read_manifest(self.folder)
+        except (GoneCheckpoint, UnreadableCheckpoint) as error:
+            return error
+        except DamagedCheckpoint:
+            return None
+        if now.sha256 != self.sha256:
+            return GoneCheckpoint(f"{self.folder}: was replaced while it was read")
+        self.identity = now.identity  # a copy of it came back
+        return None
+
+    def _with_file(self, entry: _Entry, work: Callable[[BinaryIO], T]) -> T:
+        """work(file), and the right error if that fails."""
+
+        def opened() -> T:
+            with open_file(self.folder / entry.name) as file:
+                return work(file)
+
+        try:
+            return again(opened)
+        except (FileNotFoundError, NotADirectoryError):
+            problem: CheckpointError = self.damaged(f"{entry.name} is missing")
+        except NotAFile:
+            problem = self.damaged(f"{entry.name} is missing: something else has its name")
+        except OSError as error:
+            problem = UnreadableCheckpoint(
+                f"{self.folder}: {entry.name} cannot be read ({error.strerror or error})"
+            )
+        except DamagedCheckpoint as error:
+            problem = error
+        raise self._gone() or problem
+
+    def _tables(
+        self, numbers: Iterable[int], head_of: Callable[[BinaryIO, _Entry], bytes]
+    ) -> PieceTable:
+        """The pieces of files whose beginnings come from head_of(file, entry)."""
+        tables = []
+        for number in numbers:
+            entry = self._entries[number]
+            head = self._with_file(entry, lambda file, entry=entry: head_of(file, entry))
+            try:
+                if entry.pieces is None:
+                    pieces, offsets = parse_header(head)
+                else:
+                    # its hash says that the header is the one that these pieces have
+                    pieces, offsets = entry.pieces, header_of(entry.pieces, with_list=False)[1]
+                tables.append(table_of(number, pieces, offsets))
+            except ValueError as error:
+                raise self.damaged(f"{entry.name} is damaged: {error}") from None
+        try:
+            return merged(tables)
+        except ValueError as error:
+            raise self.damaged(f"{error}") from None
+
+    def _head(self, file: BinaryIO, entry: _Entry) -> bytes:
+        """The beginning of a file: the eight bytes of the header's length, and the header."""
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise self.damaged(f"{entry.name} has {size} bytes in place of {entry.bytes}")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER:
+            raise self.damaged(f"{entry.name} is damaged: its header is too large")
+        head = start + file.read(length)
+        if hashlib.sha256(head).hexdigest() != entry.header:
+            raise self.damaged(f"{entry.name} is damaged: its header does not match its SHA-256")
+        return head
+
+    def _verified_head(self, file: BinaryIO, entry: _Entry) -> bytes:
+        head = self._head(file, entry)
+        digest, left = hashlib.sha256(head), entry.bytes - len(head)
+        while left and (block := file.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+        if digest.hexdigest() != entry.sha256:
+            raise self.damaged(f"{entry.name} is damaged: it does not match its SHA-256")
+        return head
+
+
+def _entries_2(body: dict[str, Any]) -> list[_Entry]:
+    return [
+        _Entry(_name(name), _size(f["bytes"]), str(f["sha256"]), str(f["header"]), None)
+        for name, f in body["files"].items()
+    ]
+
+
+def _entries_1(body: dict[str, Any]) -> list[_Entry]:
+    """Format 1: the manifest lists the pieces of all files, each file's in their order."""
+    of_file: dict[str, list[Listed]] = {name: [] for name in body["files"]}
+    for p in body["pieces"]:
+        pieces = of_file[p["file"]]
+        pieces.append(listed(p["tensor"], p["shape"], p["dtype"], p["box"], p["range"]))
+        if p["key"] != f"{len(pieces) - 1:06d}/{p['tensor']}":
+            raise ValueError(f"a piece of {p['tensor']}")
+    entries = []
+    for name, f in body["files"].items():
+        head, _ = header_of(of_file[name], with_list=False)
+        header = hashlib.sha256(head).hexdigest()
+        entries.append(
+            _Entry(_name(name), _size(f["bytes"]), str(f["sha256"]), header, of_file[name])
+        )
+    return entries
+
+
+def _name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a file's name: {name!r}")
+    return name
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 8:
+        raise ValueError(f"a file's size: {value!r}")
+    return value
