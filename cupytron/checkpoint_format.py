@@ -22,6 +22,8 @@ _BLOCK = 1 << 20
 _MAX_DIMS = 8
 _MAX_ELEMENTS = 1 << 59  # so that no number of bytes exceeds 64 bits
 _DTYPES = {"float32": "F32", "float64": "F64"}
+_NAMES = {np.dtype(name): name for name in _DTYPES}
+_SIZES = {name: np.dtype(name).itemsize for name in _DTYPES}
 
 Box = tuple[tuple[int, int], ...]
 
@@ -58,21 +60,21 @@ def listed(tensor: Any, shape: Any, dtype: Any, box: Any, span: Any) -> Listed:
     Raises:
         ValueError, TypeError: it is nonsense.
     """
-    (start, stop), box = span, tuple((a, b) for a, b in box)
-    piece = Listed(tensor, tuple(shape), dtype, box, start, stop)
-    numbers = (*piece.shape, *itertools.chain(*box), start, stop)
+    start, stop = span
+    shape, box = tuple(shape), tuple(map(tuple, box))
+    numbers = {type(n) for n in (*shape, *itertools.chain(*box), start, stop)}
     possible = (
-        isinstance(tensor, str)
+        type(tensor) is str
         and dtype in _DTYPES
-        and all(type(n) is int for n in numbers)
-        and len(piece.shape) <= _MAX_DIMS
-        and math.prod(piece.shape) <= _MAX_ELEMENTS
-        and fits(box, piece.shape)
+        and numbers == {int}
+        and len(shape) <= _MAX_DIMS
+        and math.prod(shape) <= _MAX_ELEMENTS
+        and fits(box, shape)
         and 0 <= start <= stop <= volume(box)
     )
     if not possible:
         raise ValueError(f"a piece of {tensor}")
-    return piece
+    return Listed(tensor, shape, dtype, box, start, stop)
 
 
 # geometry
@@ -174,7 +176,7 @@ def header_of(pieces: list[Listed], with_list: bool = True) -> tuple[bytes, list
     offsets, at = [], 0
     for number, piece in enumerate(pieces):
         offsets.append(at)
-        at += (piece.stop - piece.start) * np.dtype(piece.dtype).itemsize
+        at += (piece.stop - piece.start) * _SIZES[piece.dtype]
         header[f"{number:06d}/{piece.tensor}"] = {
             "dtype": _DTYPES[piece.dtype],
             "shape": [piece.stop - piece.start],
@@ -215,9 +217,8 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
         CheckpointError: a value is not finite, or the header is larger than a reader would take.
     """
     entries = [
-        Listed(
-            p.tensor, tuple(p.shape), p.values.dtype.name, tuple(map(tuple, p.box)), p.start, p.stop
-        )
+        # checked as a reader will check it
+        listed(p.tensor, p.shape, _NAMES[p.values.dtype], p.box, (p.start, p.stop))
         for p in pieces
     ]
     head, _ = header_of(entries)
@@ -226,7 +227,6 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
             f"{path.name} would hold {len(pieces)} pieces in a header of {len(head)} bytes; a reader "
             f"takes at most {MAX_HEADER}; spread the model over more ranks"
         )
-    parse_header(head)  # a piece that no reader would take must not be written
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for block in itertools.chain([head], _blocks(pieces)):

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from launchers import NAMES, launch
 
 from cupytron import checkpoint, piece_table
 from cupytron.checkpoint import Checkpoint, Piece
+from cupytron.checkpoint_files import CheckpointFiles
 from cupytron.checkpoint_format import Listed, volume
 from cupytron.comm import run_ranks
 from cupytron.errors import CheckpointError, DamagedCheckpoint
@@ -173,6 +175,85 @@ def test_damage_is_found_by_all_ranks(tmp_path, size, damaged):
     assert f"{path.name} is damaged" in message
 
 
+# ranks that see different files
+
+
+def on_machines(folder, size):
+    """A checkpoint copied to the disks of two machines, and what gives a rank its own machine's."""
+    run_ranks(
+        3,
+        lambda comm: checkpoint.write(folder / "0", pieces_of(comm.rank, 3, 1), {"step": 1}, comm),
+    )
+    shutil.copytree(folder / "0", folder / "1")
+    return lambda comm: Checkpoint(folder / f"{int(comm.rank >= size // 2)}")
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_damaged_copy_is_found_by_its_own_ranks(tmp_path, size, damaged, machine):
+    opened = on_machines(tmp_path, size)
+    run_ranks(size, lambda comm: opened(comm).verify(comm))
+    path = tmp_path / f"{machine}" / f"rank-{damaged:05d}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    message = everyone_fails(size, lambda comm: opened(comm).verify(comm), DamagedCheckpoint)
+    assert f"{path} is damaged" in message.replace(": rank-", "/rank-")
+    assert int(message.split(":")[0].removeprefix("rank ")) // (size // 2) == machine
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_files_are_hashed_once_by_those_who_share_them(tmp_path, monkeypatch, copies):
+    """And afterwards nobody reads a header to find the pieces."""
+    opened = on_machines(tmp_path, 4)
+    hashed, headers = [], []
+    verified_head, table = CheckpointFiles._verified_head, CheckpointFiles.table
+
+    def noted(self, file, entry):
+        hashed.append((self.folder.name, entry.name))
+        return verified_head(self, file, entry)
+
+    def listed(self, numbers):
+        headers.append(numbers)
+        return table(self, numbers)
+
+    monkeypatch.setattr(CheckpointFiles, "_verified_head", noted)
+    monkeypatch.setattr(CheckpointFiles, "table", listed)
+
+    def verify(comm):
+        found = Checkpoint(tmp_path / "0") if copies == 1 else opened(comm)
+        found.verify(comm)
+        for name, array in checkpoint_ranks.tensors().items():
+            box = tuple((0, n) for n in array.shape)
+            got = found.read(name, box, 0, array.size)
+            np.testing.assert_array_equal(got, array.reshape(-1))
+
+    run_ranks(4, verify)
+    assert len(hashed) == len(set(hashed)) == 3 * copies
+    assert headers == []
+
+
+@pytest.mark.parametrize("other", [1, 2])
+def test_ranks_that_see_another_checkpoint_are_named(tmp_path, other):
+    for name, value in (("a", 1), ("b", 2)):
+        about = {"step": 20, "value": value}
+        checkpoint.write(tmp_path / name, pieces_of(0, 1, 1), about)
+
+    def verify(comm):
+        Checkpoint(tmp_path / ("b" if comm.rank >= other else "a")).verify(comm)
+
+    def caught(comm):
+        with pytest.raises(CheckpointError) as error:
+            verify(comm)
+        return type(error.value), str(error.value)
+
+    for kind, message in run_ranks(3, caught, timeout=10):
+        assert kind is CheckpointError  # no damage, so nobody falls back
+        assert message.startswith(f"rank {other} sees another checkpoint of step 20 than rank 0")
+        assert "a file system that all ranks share" in message
+
+
 # any pieces, any request
 
 
@@ -209,7 +290,7 @@ def cut_tensors(draw):
 @given(case=cut_tensors())
 def test_any_pieces_give_any_part(tmp_path_factory, case):
     array, pieces, requests = case
-    folder = tmp_path_factory.mktemp("cut") / "a"
+    folder = tmp_path_factory.getbasetemp() / "cut" / "a"  # each case replaces the one before
     if not pieces:
         pieces = [Piece("a", array.shape, tuple((0, n) for n in array.shape), 0, 0, array.ravel())]
     checkpoint.write(folder, pieces, {"step": 1})
