@@ -13,6 +13,10 @@ import numpy as np
 from .dataset import Split
 from .errors import DataError
 
+# Versions of the global order. A run keeps the one that it began with, which its checkpoints name.
+#   1: an epoch begins at one of the first S tokens, so that the last tokens may be in no epoch
+#   2: an epoch begins at any token from which all its windows fit
+ORDERS = (1, 2)
 _ROUNDS = 6
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HALF_WORD = np.uint64(32)
@@ -22,22 +26,31 @@ class Loader:
     """Training samples of a split, in an order drawn for each epoch.
 
     An epoch cuts the stream into n = max(1, (num_tokens - S) // S) windows of S inputs, one after the
-    other from an offset that differs between epochs, and takes each window once. Targets are the inputs
-    moved on by one token. Position p is number p % n of epoch p // n.
+    other from an offset in 0 .. num_tokens - 1 - n S, and takes each window once. The offset is drawn
+    for each epoch. Targets are the inputs moved on by one token: every token but the first is a target
+    in some epochs, and none twice in one. Position p is number p % n of epoch p // n.
 
     Args:
         split: at least sequence_length + 1 tokens.
         sequence_length: S.
         seed: any integer.
+        order: a version of ORDERS; 1 is for runs that began with it.
 
     Attributes:
         samples_per_epoch: n.
 
     Raises:
-        DataError: the split is too short.
+        DataError: the split is too short, or the order is unknown.
     """
 
-    def __init__(self, split: Split, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, split: Split, sequence_length: int, seed: int, order: int = ORDERS[-1]
+    ) -> None:
+        if order not in ORDERS:
+            raise DataError(
+                f"order={order!r} of the samples is none of {ORDERS}, which this version knows; use "
+                "the version of cupytron that began the run"
+            )
         if sequence_length < 1:
             raise DataError(f"sequence_length={sequence_length} must be at least 1")
         if split.num_tokens < sequence_length + 1:
@@ -49,9 +62,10 @@ class Loader:
         self.split = split
         self.sequence_length = sequence_length
         self.seed = seed
+        self.order = order
         self.samples_per_epoch = max(1, (split.num_tokens - sequence_length) // sequence_length)
-        last = split.num_tokens - 1 - self.samples_per_epoch * sequence_length
-        self._num_offsets = min(sequence_length - 1, last) + 1
+        num_offsets = split.num_tokens - self.samples_per_epoch * sequence_length
+        self._num_offsets = min(sequence_length, num_offsets) if order == 1 else num_offsets
 
     def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples position .. position + count - 1 of the global order.

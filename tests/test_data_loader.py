@@ -48,7 +48,7 @@ def test_an_epoch_takes_each_window_once(n, sequence_length):
         inputs, targets = loader.batch(epoch * n, n)
         starts = np.sort(inputs[:, 0])
         assert (np.diff(starts) == sequence_length).all()
-        assert 0 <= starts[0] < sequence_length
+        assert 0 <= starts[0] and starts[-1] + sequence_length < (n + 1) * sequence_length + extra
         assert (inputs == inputs[:, :1] + np.arange(sequence_length)).all()
         assert (targets == inputs + 1).all()
 
@@ -57,10 +57,10 @@ def test_an_epoch_takes_each_window_once(n, sequence_length):
 def test_short_splits_make_one_window(num_tokens):
     loader = Loader(split(num_tokens), 8, seed=1)
     assert loader.samples_per_epoch == 1
-    inputs, targets = loader.batch(0, 200)
+    inputs, targets = loader.batch(0, 400)
     assert targets.max() <= num_tokens - 1
     # every alignment that fits is drawn sooner or later
-    assert set(inputs[:, 0].tolist()) == set(range(min(8, num_tokens - 8)))
+    assert set(inputs[:, 0].tolist()) == set(range(num_tokens - 8))
 
 
 def test_batches_do_not_depend_on_how_they_are_split():
@@ -141,3 +141,50 @@ def test_evaluation_of_nothing_is_refused_at_the_call():
             evaluation_batches(split(num_tokens), 4, 2)
     with pytest.raises(DataError, match="batch=0"):
         evaluation_batches(split(9), 4, 0)
+
+
+# starts of samples 0 .. 5, and of the four around the beginning of epoch 3, as order 1 began: (N, S, seed)
+FIRST_ORDER = {
+    (191, 64, 0): ([62, 27, 30, 9, 22, 36], [27, 30, 9, 22]),
+    (1000, 10, 5): ([326, 926, 446, 746, 766, 566], [363, 313, 298, 178]),
+    (1009, 16, 7): ([252, 636, 92, 348, 780, 716], [647, 407, 197, 837]),
+}
+
+
+@pytest.mark.parametrize(("num_tokens", "sequence_length", "seed"), FIRST_ORDER)
+def test_the_first_order_stays_as_it_was(num_tokens, sequence_length, seed):
+    """Runs that began with it go on with the same samples."""
+    loader = Loader(split(num_tokens), sequence_length, seed, order=1)
+    first, later = FIRST_ORDER[num_tokens, sequence_length, seed]
+    assert loader.starts(0, 6).tolist() == first
+    assert loader.starts(3 * loader.samples_per_epoch - 2, 4).tolist() == later
+
+
+def test_the_last_tokens_are_learned_too():
+    """The last 63 of 191 characters were a target in no epoch."""
+    text = ("abcdefgh" * 100)[:128] + ("STUVWXYZ" * 100)[:63]
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+    learned = Loader(Split(tokens, None, "train"), 64, seed=1).batch(0, 2000)[1]
+    assert set(learned.ravel().tolist()) == set(text.encode())
+    starts = Loader(split(191), 64, seed=1).starts(0, 5000)
+    assert set(starts.tolist()) == set(range(127))
+    assert Loader(split(191), 64, seed=1, order=1).batch(0, 2000)[1].max() == 127
+
+
+@given(st.integers(1, 9), st.integers(0, 60), st.integers(-5, 1 << 70))
+@settings(max_examples=60, deadline=None)
+def test_each_token_but_the_first_is_a_target_and_none_twice_an_epoch(length, more, seed):
+    num_tokens = length + 1 + more
+    loader = Loader(split(num_tokens), length, seed)
+    n = loader.samples_per_epoch
+    assert n == max(1, (num_tokens - length) // length)
+    # one of at most 2 S offsets an epoch: 60 S epochs miss a given one with probability e^-30
+    targets = loader.batch(0, 60 * length * n)[1].reshape(60 * length, n * length)
+    assert all(len(set(epoch)) == n * length for epoch in targets.tolist())
+    assert set(targets.ravel().tolist()) == set(range(1, num_tokens))
+
+
+def test_an_unknown_order_is_refused():
+    for order in (0, 3, None, "1"):
+        with pytest.raises(DataError, match=r"order=.* is none of \(1, 2\).*version of cupytron"):
+            Loader(split(20), 8, 1, order)
