@@ -252,6 +252,10 @@ class _Run:
         self.note("reading the checkpoint")
         self.trainer.load(found)
         position, counters = int(found.about["position"]), found.about.get("optimizer")
+        # checkpoints of before there was a second order do not name it
+        order = found.about.get("order", 1)
+        seq, seed = self.config.train.sequence_length, self.config.train.seed
+        self.loader = Loader(self.dataset.train, seq, seed, order)
         self.trainer.restore(found.step, position, counters)
         self.tokens = int(found.about["tokens"])
         self.elapsed = float(found.about["elapsed_seconds"])
@@ -458,6 +462,7 @@ class _Run:
         about = {
             "step": self.trainer.step,
             "position": self.trainer.position,
+            "order": self.loader.order,
             "optimizer": self.trainer.counters(),
             "tokens": self.tokens,
             "elapsed_seconds": self.elapsed,

@@ -1,5 +1,6 @@
 """Whole runs: what is recorded, resuming bit for bit, stopping on a signal, refusing what cannot work."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import pytest
 from runs import ENVIRONMENT, TEXT, TINY, command, kill_when, make_data, run_here, start
 
 import cupytron
-from cupytron import report
+from cupytron import checkpoint, report
 from cupytron.config import load_config
-from cupytron.data import DataError
+from cupytron.data import DataError, Loader
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.metrics import Speed
 from cupytron.nn import Attention
@@ -550,3 +551,26 @@ def test_eval_finds_data_that_has_moved(tmp_path):
         cupytron.load(tmp_path / "run").evaluate()
     run_here(tmp_path / "moved", tmp_path / "run", "train.max_steps=2")
     assert cupytron.load(tmp_path / "run").evaluate()["tokens"]
+
+
+def test_a_run_keeps_the_order_of_samples_that_it_began_with(data, tmp_path, monkeypatch):
+    """Checkpoints that name no order are of the first one."""
+    with monkeypatch.context() as before:
+        write = checkpoint.write
+
+        def write_without_order(folder, pieces, about, *rest):
+            write(folder, pieces, {k: v for k, v in about.items() if k != "order"}, *rest)
+
+        before.setattr(checkpoint, "write", write_without_order)
+        before.setattr("cupytron.run.Loader", functools.partial(Loader, order=1))
+        run_here(data, tmp_path / "old")
+        run_here(data, tmp_path / "resumed", "train.max_steps=6", "optim.decay_steps=12")
+    whole = run_here(data, tmp_path / "new"), digest(tmp_path / "new")["all"]
+    assert run_here(data, tmp_path / "resumed", "optim.decay_steps=12").step == 12
+    assert digest(tmp_path / "resumed")["all"] != whole[1]
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "old")
+    about = RunFolder(tmp_path / "resumed").find("last", warn=print).about
+    assert about["order"] == 1
+    assert RunFolder(tmp_path / "new").find("last", warn=print).about["order"] == 2
+    run_here(data, tmp_path / "from", "train.max_steps=1", init_from=tmp_path / "old")
+    assert RunFolder(tmp_path / "from").find("last", warn=print).about["order"] == 2
