@@ -24,10 +24,10 @@ from .tokenizers import (
     read_json_object,
     tokenizer_from,
 )
+from .tokens import BLOCK_TOKENS, FileTokens
 
 FILES = ("train.bin", "val.bin", "train.json", "val.json", "tokenizer.json")
 FORMAT = 1
-BLOCK_TOKENS = 1 << 20
 _MAX_SIDECAR_BYTES = 1 << 20
 _AGAIN = "prepare the data set again"
 
@@ -61,23 +61,56 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split: one stream, memory-mapped.
+    """The tokens of one split: one stream.
 
     Attributes:
-        tokens: (num_tokens,) uint16 or uint32.
+        tokens: (num_tokens,) uint16 or uint32, in memory or in a file.
         num_bytes: of UTF-8 text behind them, or None where that is not known.
         name: for messages.
         sha256: of the tokens' file, as its sidecar says; None where there is no file.
+        vocab_size: ids are below it; None where that is not known.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | FileTokens
     num_bytes: int | None = None
     name: str = "tokens"
     sha256: str | None = None
+    vocab_size: int | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    def check_unchanged(self) -> None:
+        """Compare the file with its hash again, if its size or time has changed since the last call.
+
+        This costs one call of fstat where nothing has changed.
+
+        Raises:
+            DataError: the file holds other tokens than when it was opened.
+        """
+        if isinstance(self.tokens, FileTokens) and self.tokens.touched():
+            self.check(verify=True)
+
+    def check(self, verify: bool) -> None:
+        """Compare every id of the file with the vocabulary; `verify`: and the file with its hash.
+
+        Raises:
+            DataError: something does not match.
+        """
+        assert isinstance(self.tokens, FileTokens) and self.vocab_size is not None
+        file, digest, position = self.tokens, hashlib.sha256(), 0
+        for block in file.blocks():
+            check_ids(block, self.vocab_size, str(file.path), position)
+            position += block.size
+            if verify:
+                digest.update(block.data)
+        if verify and (found := digest.hexdigest()) != self.sha256:
+            raise DataError(
+                f"{file.path}: its SHA-256 is {found[:16]}..., but {self.name}.json has "
+                f"{str(self.sha256)[:16]}...: the file is damaged, or was changed while it was in use; "
+                f"{_AGAIN}"
+            )
 
 
 @dataclass(frozen=True)
@@ -149,20 +182,8 @@ def is_prepared(path: Path) -> bool:
     return {"train.bin", "train.json"} <= names <= set(FILES)
 
 
-def map_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The ids in a file, memory-mapped read-only; `dtype` is "uint16" or "uint32"."""
-    if path.stat().st_size == 0:
-        # an empty file cannot be mapped
-        return np.zeros(0, _little_endian(dtype))
-    # without the memmap subclass, which makes small slices slow
-    return np.asarray(np.memmap(path, _little_endian(dtype), mode="r"))
-
-
 def read_blocks(path: Path, dtype: str) -> Iterator[np.ndarray]:
-    """The ids in a file, a block at a time.
-
-    For passes over all of a file: mapped pages would count as memory of this process.
-    """
+    """The ids in a file, a block at a time."""
     with open(path, "rb") as file:
         while (block := np.fromfile(file, _little_endian(dtype), BLOCK_TOKENS)).size:
             yield block
@@ -175,27 +196,18 @@ def _little_endian(dtype: str) -> np.dtype:
 def _open_split(path: Path, name: str, sidecar: Sidecar, verify: bool) -> Split:
     file = path / f"{name}.bin"
     try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: cannot read: {error.strerror}; {_AGAIN}") from error
-    expected = sidecar.tokens * np.dtype(sidecar.dtype).itemsize
-    if size != expected:
+        tokens = FileTokens(file, _little_endian(sidecar.dtype))
+    except DataError as error:
+        raise DataError(f"{error}; {_AGAIN}") from error
+    expected = sidecar.tokens * tokens.dtype.itemsize
+    if tokens.num_bytes != expected:
         raise DataError(
-            f"{file}: {size} bytes, but {name}.json has {sidecar.tokens} {sidecar.dtype} tokens, "
-            f"{expected} bytes; {_AGAIN}"
+            f"{file}: {tokens.num_bytes} bytes, but {name}.json has {sidecar.tokens} {sidecar.dtype} "
+            f"tokens, {expected} bytes; {_AGAIN}"
         )
-    digest, position = hashlib.sha256(), 0
-    for block in read_blocks(file, sidecar.dtype):
-        check_ids(block, sidecar.vocab_size, str(file), position)
-        position += block.size
-        if verify:
-            digest.update(block.data)
-    if verify and (found := digest.hexdigest()) != sidecar.sha256:
-        raise DataError(
-            f"{file}: its SHA-256 is {found[:16]}..., but {name}.json has {sidecar.sha256[:16]}...: "
-            f"the file is damaged; {_AGAIN}"
-        )
-    return Split(map_tokens(file, sidecar.dtype), sidecar.bytes, name, sidecar.sha256)
+    split = Split(tokens, sidecar.bytes, name, sidecar.sha256, sidecar.vocab_size)
+    split.check(verify)
+    return split
 
 
 def check_ids(block: np.ndarray, vocab_size: int, where: str, position: int = 0) -> None:

@@ -71,10 +71,16 @@ class Loader:
         """Samples position .. position + count - 1 of the global order.
 
         Shapes: inputs, targets (count, S) int64.
+
+        Raises:
+            DataError: the tokens are no longer those that were opened.
         """
-        starts = self.starts(position, count)
-        span = np.arange(self.sequence_length + 1)
-        windows = self.split.tokens[starts[:, None] + span].astype(np.int64)
+        self.split.check_unchanged()
+        tokens, size = self.split.tokens, self.sequence_length + 1
+        windows = np.empty((count, size), np.int64)
+        for window, start in zip(windows, self.starts(position, count).tolist(), strict=True):
+            window[...] = tokens[start : start + size]
+        _check_batch(windows, self.split)
         return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
     def starts(self, position: int, count: int) -> np.ndarray:
@@ -142,6 +148,15 @@ def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
     return y >> _HALF_WORD
 
 
+def _check_batch(ids: np.ndarray, split: Split) -> None:
+    """Refuse ids outside the vocabulary: a lookup would take another row, or none."""
+    if split.vocab_size is not None and ids.max() >= split.vocab_size:
+        raise DataError(
+            f"the {split.name} split has id {ids.max()}, outside the vocabulary of {split.vocab_size}: "
+            "the data set was changed while it was in use; prepare the data set again"
+        )
+
+
 def evaluation_batches(
     split: Split, sequence_length: int, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -153,7 +168,8 @@ def evaluation_batches(
     Shapes: inputs, targets (batch, S) int64.
 
     Raises:
-        DataError: the split has fewer than 2 tokens (at the call, not at the first batch).
+        DataError: the split has fewer than 2 tokens (at the call, not at the first batch), or its tokens
+            are no longer those that were opened (at a batch).
     """
     if sequence_length < 1 or batch < 1:
         raise DataError(f"sequence_length={sequence_length} and batch={batch} must be at least 1")
@@ -162,15 +178,17 @@ def evaluation_batches(
             f"the {split.name} split has {split.num_tokens} tokens, so there is nothing to evaluate; "
             "prepare the data set with a larger --val-fraction"
         )
-    return _evaluation_batches(split.tokens, sequence_length, batch)
+    return _evaluation_batches(split, sequence_length, batch)
 
 
 def _evaluation_batches(
-    tokens: np.ndarray, sequence_length: int, batch: int
+    split: Split, sequence_length: int, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = batch * sequence_length
-    for start in range(0, len(tokens) - 1, size):
-        block = tokens[start : start + size + 1].astype(np.int64)
+    for start in range(0, split.num_tokens - 1, size):
+        split.check_unchanged()
+        block = split.tokens[start : start + size + 1].astype(np.int64)
+        _check_batch(block, split)
         inputs, targets = np.zeros(size, np.int64), np.full(size, -1, np.int64)
         inputs[: len(block) - 1], targets[: len(block) - 1] = block[:-1], block[1:]
         yield inputs.reshape(batch, sequence_length), targets.reshape(batch, sequence_length)

@@ -39,8 +39,10 @@ def test_dataset_is_what_was_prepared(prepared):
     assert dataset.tokenizer.decode(tokens) == TEXT
     assert dataset.tokenizer.hash == dataset.tokenizer_hash
     assert dataset.sources == [str(prepared / "a.txt")]
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(TypeError, match="assignment"):
         dataset.train.tokens[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.train.tokens[:2][0] = 1
 
 
 def test_empty_validation_split(prepared, tmp_path):
