@@ -25,6 +25,7 @@ from .tokenizers import (
     tokenizer_from,
 )
 from .tokens import BLOCK_TOKENS, FileTokens
+from .work import set_aside
 
 FILES = ("train.bin", "val.bin", "train.json", "val.json", "tokenizer.json")
 FORMAT = 1
@@ -154,6 +155,11 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
     """
     path = Path(path)
     if not path.is_dir():
+        if old := set_aside(path):
+            raise DataError(
+                f"{path}: no such folder; a data prepare --overwrite was killed while it replaced this "
+                f"data set, and left it in {old}; start that command again, or mv {old} {path}"
+            )
         raise DataError(f"{path}: no such folder; make it with cupytron data prepare --out {path}")
     train, val = _read_sidecar(path / "train.json"), _read_sidecar(path / "val.json")
     for key in ("dtype", "vocab_size", "separator", "tokenizer", "tokenizer_hash"):

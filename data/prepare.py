@@ -3,8 +3,6 @@
 import itertools
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ from .corpora import CORPORA, open_corpus
 from .dataset import Sidecar, is_prepared
 from .errors import DataError
 from .sources import Part, Source, TokenFile, documents, open_path
+from .stopping import OrderlyStop
 from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, collect_characters, load_tokenizer
+from .work import WorkFolder, remove_dead
 from .writer import no_text, write_dataset
 
 _MAX_VOCAB_SIZE = 1 << 32
@@ -65,28 +65,23 @@ def prepare_dataset(
 
     Raises:
         DataError: a setting, source or tokenizer that cannot be used; nothing is left behind.
+        Stopped: SIGTERM or SIGHUP has come; nothing is left behind.
     """
     check_settings(tokenizer, val_fraction, vocab_size)
     out = Path(os.path.realpath(out))
+    notes = remove_dead(out, report)
     _check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # hidden, so that it is neither read as a source nor taken for a data set
-    work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
-    work.mkdir()
-    try:
-        opened, notes = _open_sources(sources, text_field, out, work)
-        choice = _tokenizer(tokenizer, vocab_size, opened, report)
-        new = work / "new"
-        new.mkdir()
-        names = [str(source) for source in sources]
-        size = choice.vocab_size if choice else vocab_size
-        assert size is not None
-        train, val = write_dataset(new, opened, choice, size, val_fraction, names, report)
-        notes += _notes(tokenizer, choice)
+    with OrderlyStop() as stop, WorkFolder(out) as work:
+        with stop.released():
+            opened, found = _open_sources(sources, text_field, out, work.path)
+            choice = _tokenizer(tokenizer, vocab_size, opened, report)
+            names = [str(source) for source in sources]
+            size = choice.vocab_size if choice else vocab_size
+            assert size is not None
+            train, val = write_dataset(work.new, opened, choice, size, val_fraction, names, report)
         _check_output(out, overwrite)
-        _publish(new, out, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        work.publish()
+    notes += [*found, *_notes(tokenizer, choice), *work.notes]
     return Prepared(out, train, val, notes)
 
 
@@ -213,16 +208,3 @@ def _notes(name: str | Path | None, tokenizer: Tokenizer | None) -> list[str]:
     if str(name).startswith("bpe:") and tokenizer.vocab_size < int(str(name)[4:]):
         return [f"the text is enough for a vocabulary of {tokenizer.vocab_size}, not of {name}"]
     return []
-
-
-def _publish(new: Path, out: Path, work: Path) -> None:
-    """Give the finished folder its name; what was there is removed afterwards."""
-    old = work / "old"
-    if out.exists() and any(out.iterdir()):
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise

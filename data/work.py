@@ -1,0 +1,214 @@
+"""A hidden folder beside an output, in which it is made, and from which it gets its name.
+
+The folder of a process that was killed is removed by the next process with the same output. A lock tells
+the dead from the living: the system gives it back when its owner ends, however it ends.
+
+    .NAME.01234567.tmp/lock    locked as long as its owner lives
+    .NAME.01234567.tmp/new     the output, until it is whole
+    .NAME.01234567.tmp/old     what had the output's name before, where names cannot be exchanged
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import DataError
+from .exchange import exchange
+
+
+class WorkFolder:
+    """A work folder of `out`; whatever happens, its end leaves `out` and nothing else.
+
+    Attributes:
+        path: the folder.
+        new: inside it, where the output is to be made; an empty folder at first.
+        notes: at the end, what could not be removed.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.notes: list[str] = []
+
+    def __enter__(self) -> "WorkFolder":
+        make_folders(self.out.parent)
+        self._lock = None
+        while self._lock is None:
+            self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.tmp"
+            self.path.mkdir()
+            # None: another process has taken it for dead, and removed it
+            self._lock = _new_lock(self.path)
+        self.new = self.path / "new"
+        self.new.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._lock is not None
+        with self._lock:
+            _bring_back(self.path, self.out)
+            self.notes += _remove(self.path)
+
+    def publish(self) -> None:
+        """Give what is in `new` the output's name, on disk; what had the name goes with this folder.
+
+        Raises:
+            OSError: the output is what it was before.
+        """
+        _sync_files(self.new)
+        if not self.out.exists() or not any(self.out.iterdir()):
+            self.new.rename(self.out)
+        elif not exchange(self.new, self.out):
+            # between these two a kill leaves neither name: `remove_dead` brings the old one back
+            self.out.rename(self.path / "old")
+            self.new.rename(self.out)
+        for folder in (self.out.parent, self.path):
+            sync_folder(folder)
+
+
+def remove_dead(out: Path, report: Callable[[str], None]) -> list[str]:
+    """Remove the work folders of `out` whose processes were killed, and bring back what they set aside.
+
+    Returns: notes on folders that had to stay, a line each.
+    """
+    notes = []
+    for folder in _work_folders(out):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # killed before there was a lock in it, or after
+            continue
+        try:
+            with open(folder / "lock", "r+b") as lock:
+                if not _lock(lock):
+                    continue  # its owner lives
+                if _bring_back(folder, out):
+                    report(f"bringing back {out}, which a killed data prepare had set aside")
+                report(f"removing {folder.name}, which a killed data prepare left behind")
+                notes += _remove(folder)
+        except OSError as error:
+            # FileNotFoundError: earlier versions made no lock
+            notes.append(
+                f"{folder}: left by another data prepare, which may still be running "
+                f"({error.strerror}); remove it if none is"
+            )
+    return notes
+
+
+def set_aside(out: Path) -> Path | None:
+    """Where a killed process left what had the name `out`, if there is such a place."""
+    found = (folder / "old" for folder in _work_folders(Path(os.path.realpath(out))))
+    return next((old for old in found if old.is_dir()), None)
+
+
+def _work_folders(out: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.tmp")
+    try:
+        entries = sorted(os.scandir(out.parent), key=lambda entry: entry.name)
+    except OSError:
+        return []
+    return [
+        Path(entry.path)
+        for entry in entries
+        if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
+
+
+def _new_lock(folder: Path) -> BinaryIO | None:
+    """The lock of a folder that has just been made; None if the folder has gone."""
+    path = folder / "lock"
+    try:
+        file = open(path, "xb")
+    except FileNotFoundError:
+        return None
+    try:
+        ours = _lock(file)
+    except OSError:
+        return file  # a file system without locks: nobody there takes a folder for dead
+    if ours and path.exists():
+        return file
+    file.close()
+    return None
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock an open file; False if another process has its lock.
+
+    Raises:
+        OSError: files cannot be locked here.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _bring_back(folder: Path, out: Path) -> bool:
+    """Give back its name to what was set aside in a work folder, if nothing has taken it."""
+    old = folder / "old"
+    if not old.exists() or out.exists():
+        return False
+    try:
+        old.rename(out)
+    except OSError as error:
+        raise DataError(
+            f"{out}: the data set of this name is in {old} now, and cannot be moved back "
+            f"({error.strerror}); move it by hand"
+        ) from error
+    sync_folder(out.parent)
+    return True
+
+
+def _remove(folder: Path) -> list[str]:
+    """Remove a work folder: its lock last, so that a kill on the way leaves a folder with a lock.
+
+    Returns: a note, if something cannot be removed; the next process with this output tries again.
+    """
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        return [f"{error.filename}: cannot be removed: {error.strerror}"]
+    return []
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it, each on disk before the next."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync(path, os.O_RDONLY)
+    sync_folder(folder)
+
+
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
+
+
+def _sync(path: Path, flags: int) -> None:
+    file = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(file)
