@@ -41,10 +41,15 @@ def command() -> None:
     help="Part of the tokens, at the end, that is kept for validation.",
 )
 @click.option(
-    "--vocab-size", type=int, help="Number of ids in nanoGPT .bin files; no tokenizer then."
+    "--vocab-size", type=int, help="Number of ids in .bin and .npy files; no tokenizer then."
 )
 @click.option(
-    "--text-field", default="text", show_default=True, help="The field of .jsonl files to read."
+    "--bin-dtype",
+    type=click.Choice(["uint16", "uint32", "int32", "int64"]),
+    help="Type of the ids in .bin files that do not say it.  [default: uint16]",
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="The field of JSON lines to read."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prepared data set in --out.")
 def prepare(
@@ -53,13 +58,15 @@ def prepare(
     tokenizer: str | None,
     val_fraction: float,
     vocab_size: int | None,
+    bin_dtype: str | None,
     text_field: str,
     overwrite: bool,
 ) -> None:
     """Turn text into a folder of token ids.
 
-    A SOURCE is a UTF-8 text file, a folder of them, a .jsonl file, a .bin file of nanoGPT (uint16), or
-    a named corpus: python-docs, python-stdlib, shakespeare. Write ./NAME for a file with such a name.
+    A SOURCE is a UTF-8 text file, a folder of them, JSON lines (.jsonl, .ndjson, .jsonlines, or .json with
+    one object a line), token ids (.bin of nanoGPT, llm.c or Megatron-LM, .npy), or a named corpus:
+    python-docs, python-stdlib, shakespeare. Write ./NAME for a file with such a name.
     """
     from cupytron.data import DataError, prepare_dataset
     from cupytron.data.prepare import check_settings
@@ -77,6 +84,7 @@ def prepare(
             val_fraction,
             vocab_size=vocab_size,
             text_field=text_field,
+            bin_dtype=bin_dtype,
             overwrite=overwrite,
             report=lambda step: click.echo(f"{step} ...", err=True),
         )

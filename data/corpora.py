@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import DataError
-from .sources import Part, Source, TextFile, is_text, walk
+from .paths import walk
+from .sources import Part, Source, TextFile, is_text
 
 CORPORA = ("python-docs", "python-stdlib", "shakespeare")
 
@@ -62,7 +63,7 @@ def _standard_library() -> list[Source]:
     """The standard library's modules in Python, without its tests and what else is installed."""
     folder = Path(sysconfig.get_path("stdlib"))
     others = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
-    paths = walk(folder, folder, others) if folder.is_dir() else iter(())
+    paths = walk(folder, (), others) if folder.is_dir() else iter(())
     sources: list[Source] = [TextFile(p) for p in paths if p.suffix == ".py" and is_text(p)]
     if not sources:
         raise DataError(

@@ -220,10 +220,10 @@ def check_ids(block: np.ndarray, vocab_size: int, where: str, position: int = 0)
     """Compare every id of a block with the vocabulary; `position` is that of its first id.
 
     Raises:
-        DataError: an id that is `vocab_size` or larger, and where it stands.
+        DataError: an id that is negative, `vocab_size` or larger, and where it stands.
     """
-    if block.max() >= vocab_size:
-        at = int((block >= vocab_size).argmax())
+    if block.min() < 0 or block.max() >= vocab_size:
+        at = int(((block < 0) | (block >= vocab_size)).argmax())
         raise DataError(
             f"{where}: token {position + at} has id {block[at]}, outside the vocabulary of "
             f"{vocab_size}; give the tokenizer or vocabulary size that the tokens were made with"

@@ -11,8 +11,10 @@ from .bpe import BPE_SIZES, cut, train
 from .corpora import CORPORA, open_corpus
 from .dataset import Sidecar, is_prepared
 from .errors import DataError
-from .sources import Part, Source, TokenFile, documents, open_path
+from .paths import open_path
+from .sources import Part, Source, documents
 from .stopping import OrderlyStop
+from .token_files import BIN_DTYPES, TokenFile
 from .tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, collect_characters, load_tokenizer
 from .work import WorkFolder, remove_dead
 from .writer import no_text, write_dataset
@@ -47,6 +49,7 @@ def prepare_dataset(
     text_field: str = "text",
     overwrite: bool = False,
     report: Callable[[str], None] = lambda message: None,
+    bin_dtype: str | None = None,
 ) -> Prepared:
     """Turn text into a folder of token files that `open_dataset` opens.
 
@@ -55,25 +58,27 @@ def prepare_dataset(
 
     Args:
         sources: files, folders, or names of corpora (see `corpora`).
-        tokenizer: "byte", "char", "bpe:SIZE" or a tokenizer file; None: bytes, or for .bin files with
+        tokenizer: "byte", "char", "bpe:SIZE" or a tokenizer file; None: bytes, or for token files with
             `vocab_size` none at all.
         val_fraction: part of the tokens, at least 0 and below 1.
-        vocab_size: of .bin files whose tokenizer is not known.
-        text_field: of .jsonl files.
+        vocab_size: of token files whose tokenizer is not known.
+        text_field: of JSON lines.
         overwrite: replace a prepared data set.
         report: called with each step, for the user to see.
+        bin_dtype: one of BIN_DTYPES, for .bin files that do not say it; None: uint16, unless the ids look
+            like wider ones.
 
     Raises:
         DataError: a setting, source or tokenizer that cannot be used; nothing is left behind.
         Stopped: SIGTERM or SIGHUP has come; nothing is left behind.
     """
-    check_settings(tokenizer, val_fraction, vocab_size)
+    check_settings(tokenizer, val_fraction, vocab_size, bin_dtype)
     out = Path(os.path.realpath(out))
     notes = remove_dead(out, report)
     _check_output(out, overwrite)
     with OrderlyStop() as stop, WorkFolder(out) as work:
         with stop.released():
-            opened, found = _open_sources(sources, text_field, out, work.path)
+            opened, found = _open_sources(sources, text_field, bin_dtype, work)
             choice = _tokenizer(tokenizer, vocab_size, opened, report)
             names = [str(source) for source in sources]
             size = choice.vocab_size if choice else vocab_size
@@ -86,9 +91,14 @@ def prepare_dataset(
 
 
 def check_settings(
-    tokenizer: str | Path | None, val_fraction: float, vocab_size: int | None
+    tokenizer: str | Path | None,
+    val_fraction: float,
+    vocab_size: int | None,
+    bin_dtype: str | None = None,
 ) -> None:
     """Raise a DataError for a setting that is wrong whatever the sources."""
+    if bin_dtype not in (None, *BIN_DTYPES):
+        raise DataError(f"bin_dtype={bin_dtype} is none of {', '.join(BIN_DTYPES)}")
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction={val_fraction} must be at least 0 and below 1, such as 0.1")
     if vocab_size is not None and not 1 <= vocab_size <= _MAX_VOCAB_SIZE:
@@ -133,15 +143,15 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _open_sources(
-    sources: Sequence[str | Path], text_field: str, out: Path, work: Path
+    sources: Sequence[str | Path], text_field: str, bin_dtype: str | None, work: WorkFolder
 ) -> tuple[list[Source], list[str]]:
     if not sources:
         raise DataError(f"no sources given; name files, folders, or of {', '.join(CORPORA)}")
     opened: list[Source] = []
-    notes = []
+    notes: list[str] = []
     for source in sources:
         if isinstance(source, str) and source in CORPORA:
-            opened += open_corpus(source, work)
+            opened += open_corpus(source, work.path)
             if Path(source).exists():
                 notes.append(f"{source} is the named corpus; write ./{source} for the file")
             continue
@@ -149,10 +159,9 @@ def _open_sources(
             raise DataError(
                 f"{source}: no such file or folder; the named corpora are {', '.join(CORPORA)}"
             )
-        found, skipped = open_path(Path(source), text_field, out)
+        found, told = open_path(Path(source), text_field, (work.out, work.path), bin_dtype)
         opened += found
-        if skipped:
-            notes.append(str(skipped))
+        notes += told
     return opened, notes
 
 
@@ -168,13 +177,13 @@ def _tokenizer(
         text = [source.name for source in sources if not isinstance(source, TokenFile)]
         if text:
             raise DataError(
-                f"{text[0]}: text needs a tokenizer; vocab_size={vocab_size} is for .bin files alone"
+                f"{text[0]}: text needs a tokenizer; vocab_size={vocab_size} is for token files alone"
             )
         return None
     is_file = name not in (None, "byte", "char") and not str(name).startswith("bpe:")
     if token_files and not is_file:
         raise DataError(
-            f"{token_files[0]}: a .bin file does not say what its token ids mean; give --vocab-size N, "
+            f"{token_files[0]}: a file of token ids does not say what they mean; give --vocab-size N, "
             "or the tokenizer they were made with as --tokenizer FILE"
         )
     if is_file:

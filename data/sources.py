@@ -1,4 +1,4 @@
-"""What `prepare` reads: text files, folders, .jsonl files and nanoGPT's .bin files, in blocks.
+"""What `prepare` reads, in blocks: text files and files of JSON lines (token files: `token_files`).
 
 A document is a run of parts, each a block of text or of token ids; text is kept byte for byte (line
 ends and byte order marks too).
@@ -7,9 +7,7 @@ ends and byte order marks too).
 import codecs
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -18,6 +16,7 @@ import numpy as np
 from .errors import DataError
 
 BLOCK_BYTES = 1 << 20
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 _LONGEST_LINE = 256 << 20
 
 
@@ -27,7 +26,7 @@ class Part(NamedTuple):
     Attributes:
         first: whether it starts a document.
         text: the text, or None.
-        ids: the token ids (uint16), where there is no text.
+        ids: the token ids, of any type of whole numbers, where there is no text.
     """
 
     first: bool
@@ -58,14 +57,14 @@ class TextFile:
 
 
 class JsonLines:
-    """A .jsonl file: a document a line, in one field of its object. Blank lines are passed over."""
+    """A file of JSON lines: a document a line, in one field of its object. Blank lines are passed over."""
 
     def __init__(self, path: Path, field: str) -> None:
         self.path, self.name, self.num_bytes = path, str(path), path.stat().st_size
         self._field = field
 
     def parts(self) -> Iterator[Part]:
-        with _open(self.path) as file:
+        with open_file(self.path) as file:
             number = 0
             while line := file.readline(_LONGEST_LINE + 1):
                 number += 1
@@ -109,25 +108,6 @@ class JsonLines:
         return text
 
 
-class TokenFile:
-    """A .bin file as nanoGPT writes it: little-endian uint16 ids. Its meta.pkl is never loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.num_bytes = path, str(path), path.stat().st_size
-        if self.num_bytes % 2:
-            raise DataError(
-                f"{path}: {self.num_bytes} bytes is no whole number of uint16 tokens; only nanoGPT's "
-                "uint16 .bin files can be read (was it cut short?)"
-            )
-
-    def parts(self) -> Iterator[Part]:
-        first = True
-        with _open(self.path) as file:
-            while block := file.read(BLOCK_BYTES):
-                yield Part(first, None, np.frombuffer(block, "<u2"))
-                first = False
-
-
 def documents(parts: Iterable[Part]) -> Iterator[Iterator[str]]:
     """The texts of each document; each is to be read before the next is asked for."""
     number = 0
@@ -141,80 +121,28 @@ def documents(parts: Iterable[Part]) -> Iterator[Iterator[str]]:
         yield (part.text for part in group if part.text is not None)
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Files of a folder that were passed over."""
+def why_not_json_lines(path: Path, field: str | None = None) -> str | None:
+    """Why a .json file is not one object a line, and what to do; None if its first line is one.
 
-    folder: Path
-    files: list[Path]
-
-    def __str__(self) -> str:
-        count = len(self.files)
-        files = f"{count} files that are" if count > 1 else "1 file that is"
-        first = self.files[0].relative_to(self.folder)
-        return f"{self.folder}: skipped {files} not UTF-8 text ({'first: ' * (count > 1)}{first})"
-
-
-def open_path(path: Path, text_field: str, exclude: Path) -> tuple[list[Source], Skipped | None]:
-    """The sources behind a path: one for a file; for a folder one for each file, in sorted order.
-
-    Hidden files and folders are passed over, and so are links to folders and the path `exclude` (where
-    the output goes).
-
-    Raises:
-        DataError: nothing can be read there.
+    Args:
+        field: the object has to have it; None: any object will do.
     """
-    if path.is_dir():
-        return _open_folder(path, text_field, exclude)
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    if not path.is_file():
-        raise DataError(
-            f"{path}: not a regular file; sources are read twice, so write it to a file"
+    with open_file(path) as file:
+        line = file.readline(_LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)
+        while line and not line.strip():
+            line = file.readline(_LONGEST_LINE + 1)
+    line = line.strip()
+    if line.startswith(b"["):
+        return (
+            f"an array, not one object a line; turn it into lines with jq -c '.[]' {path} > X.jsonl"
         )
-    return [_source(path, text_field)], None
-
-
-def _source(path: Path, text_field: str) -> Source:
-    suffix = path.suffix.lower()
-    if suffix == ".bin":
-        return TokenFile(path)
-    return JsonLines(path, text_field) if suffix == ".jsonl" else TextFile(path)
-
-
-def _open_folder(
-    folder: Path, text_field: str, exclude: Path
-) -> tuple[list[Source], Skipped | None]:
-    sources: list[Source] = []
-    skipped = []
-    for path in walk(folder, exclude):
-        if path.suffix.lower() != ".bin" and is_text(path):
-            sources.append(_source(path, text_field))
-        else:
-            skipped.append(path)
-    if not sources:
-        raise DataError(f"{folder}: no UTF-8 text files in this folder; give .bin files by name")
-    return sources, Skipped(folder, skipped) if skipped else None
-
-
-def walk(folder: Path, exclude: Path, skip_folders: Iterable[str] = ()) -> Iterator[Path]:
-    """The regular files below a folder, in the same order on every machine."""
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot list: {error.strerror}") from error
-
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".")
-            and name not in skip_folders
-            and os.path.realpath(os.path.join(root, name)) != str(exclude)
-        )
-        for name in sorted(files):
-            path = Path(root, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+    try:
+        value = json.loads(line) if line else {field: ""}
+    except (ValueError, RecursionError):
+        return f"not one object a line; write it so with jq -c . {path} > X.jsonl"
+    if isinstance(value, dict) and (field is None or field in value):
+        return None
+    return "not one object a line; write it so, with the text in a field"
 
 
 def is_text(path: Path) -> bool:
@@ -230,7 +158,12 @@ class _NotUtf8(DataError):
     pass
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
+    """Open a source.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
     try:
         return open(path, "rb")
     except OSError as error:
@@ -241,7 +174,7 @@ def _decode(path: Path) -> Iterator[str]:
     """The text of a UTF-8 file in blocks; a character may begin in one block and end in the next."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     position = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         while True:
             block = file.read(BLOCK_BYTES)
             held = len(decoder.getstate()[0])

@@ -12,7 +12,8 @@ import numpy as np
 
 from .dataset import FORMAT, Sidecar, check_ids, read_blocks
 from .errors import DataError
-from .sources import BLOCK_BYTES, Part, Source, TokenFile, documents
+from .sources import BLOCK_BYTES, Part, Source, documents
+from .token_files import TokenFile
 from .tokenizers import Tokenizer
 
 _BATCH_PIECES = 4096

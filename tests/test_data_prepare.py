@@ -91,7 +91,12 @@ def test_folder_is_read_in_order_and_skips_what_is_no_text(here):
     os.symlink(here / "in", here / "in" / "loop")
     result = prepare_dataset(["in"], "in/out")
     assert bytes(i for i in stream("in/out") if i < 256) == b"1234"
-    assert result.notes == ["in: skipped 4 files that are not UTF-8 text (first: image.png)"]
+    assert result.notes == [
+        "in: skipped 1 file of token ids (give it by name): tokens.bin",
+        "in: skipped 3 files that are not UTF-8 text: image.png, late.txt, nul.txt",
+        "in: skipped 2 hidden files and folders: .git, .hidden",
+        "in: skipped 1 link to a folder (give the folder by name): loop",
+    ]
     # the output is no source
     prepare_dataset(["in"], "in/out", overwrite=True)
     assert bytes(i for i in stream("in/out") if i < 256) == b"1234"

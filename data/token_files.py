@@ -1,0 +1,183 @@
+"""Files of token ids, and what tells which ids they hold.
+
+.npy             numpy.save; the header says the type
+.bin of llm.c    a header of 256 int32 says type and number
+.bin and .idx    Megatron-LM; the index says the type
+any other .bin   ids alone: uint16, as nanoGPT writes them, or what --bin-dtype says
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import DataError
+from .sources import BLOCK_BYTES, Part, open_file
+
+BIN_DTYPES = ("uint16", "uint32", "int32", "int64")
+TOKEN_SUFFIXES = (".bin", ".npy")
+
+_NUMPY_MAGIC = b"\x93NUMPY"
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+# Megatron-LM's codes for the types of ids, which follow its magic number and a version of 8 bytes
+_MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+# llm.c's magic numbers: (version, type), for GPT-2's and for Llama 3's tokens
+_LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+_LLMC_HEADER_BYTES = 1024
+_TINY = (0, 15)  # upper halves of ids below 2^16, and below 2^20
+_FEWEST = 16  # ids that it takes to tell
+
+
+class _Layout(NamedTuple):
+    """What a header or an index says: the type of ids, the byte where they begin, and who says it."""
+
+    dtype: np.dtype
+    start: int
+    by: str
+
+
+class TokenFile:
+    """A file of token ids: one document. nanoGPT's meta.pkl is never loaded.
+
+    Args:
+        path: the file.
+        bin_dtype: one of BIN_DTYPES, for a .bin file that says nothing itself; None: uint16, unless the
+            ids look like wider ones.
+
+    Attributes:
+        note: what the user should know, or None.
+
+    Raises:
+        DataError: it cannot be read, or holds something else than the type says.
+    """
+
+    def __init__(self, path: Path, bin_dtype: str | None = None) -> None:
+        self.path, self.name, self.num_bytes = path, str(path), path.stat().st_size
+        self.note: str | None = None
+        with open_file(path) as file:
+            block = file.read(BLOCK_BYTES)
+        layout = self._says(block)
+        if layout is None:
+            if bin_dtype is None:
+                _refuse_wider(path, block, self.num_bytes)
+            layout = _Layout(np.dtype(bin_dtype or "uint16").newbyteorder("<"), 0, "--bin-dtype")
+        elif bin_dtype not in (None, layout.dtype.name) and not block.startswith(_NUMPY_MAGIC):
+            raise DataError(
+                f"{path}: {layout.by} says that its ids are {layout.dtype.name}, and --bin-dtype "
+                f"{bin_dtype}; leave --bin-dtype out"
+            )
+        self._dtype, self._start = layout.dtype, layout.start
+        if (self.num_bytes - self._start) % self._dtype.itemsize:
+            raise DataError(
+                f"{path}: {self.num_bytes - self._start} bytes is no whole number of "
+                f"{self._dtype.name} tokens; give the type of its ids with --bin-dtype (or was it cut "
+                "short?)"
+            )
+
+    def parts(self) -> Iterator[Part]:
+        first = True
+        with open_file(self.path) as file:
+            file.seek(self._start)
+            while block := file.read(BLOCK_BYTES):
+                yield Part(first, None, np.frombuffer(block, self._dtype))
+                first = False
+
+    def _says(self, block: bytes) -> _Layout | None:
+        """What the file itself, or an index beside it, says of its ids."""
+        if block.startswith(_NUMPY_MAGIC):
+            return _numpy_layout(self.path, self.num_bytes)
+        if self.path.suffix.lower() == ".npy":
+            raise DataError(f"{self.path}: not written by numpy.save, whatever its name says")
+        return _llmc_layout(self.path, block, self.num_bytes) or self._megatron_layout()
+
+    def _megatron_layout(self) -> _Layout | None:
+        index = self.path.with_suffix(".idx")
+        if not is_megatron_index(index):
+            return None
+        with open_file(index) as file:
+            code = file.read(len(_MEGATRON_MAGIC) + 9)[-1]
+        if code not in _MEGATRON_DTYPES:
+            raise DataError(
+                f"{index}: its type of ids, {code}, is not known as one of whole numbers"
+            )
+        self.note = (
+            f"{self.path}: the documents' ends in {index.name} are not used; where its ids hold no "
+            "separator, documents run together"
+        )
+        return _Layout(np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<"), 0, index.name)
+
+
+def is_megatron_index(path: Path) -> bool:
+    """Whether a file is the index that Megatron-LM writes beside its tokens."""
+    if path.suffix.lower() != ".idx" or not path.is_file():
+        return False
+    with open_file(path) as file:
+        start = file.read(len(_MEGATRON_MAGIC) + 9)
+    return start.startswith(_MEGATRON_MAGIC) and len(start) == len(_MEGATRON_MAGIC) + 9
+
+
+def _numpy_layout(path: Path, num_bytes: int) -> _Layout:
+    try:
+        # mapped, so that nothing but the header is read
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as an array of NumPy: {error}") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: an array of {array.dtype.name} of shape {array.shape}, and no list of whole "
+            "numbers; save the ids as one: numpy.save(path, ids.ravel().astype('uint32'))"
+        )
+    if array.offset + array.nbytes != num_bytes:
+        raise DataError(
+            f"{path}: {num_bytes - array.offset - array.nbytes} bytes follow the array; save all ids as "
+            "one array"
+        )
+    return _Layout(array.dtype, array.offset, "its header")
+
+
+def _llmc_layout(path: Path, block: bytes, num_bytes: int) -> _Layout | None:
+    """Reference: llm.c, dev/data/data_common.py."""
+    if len(block) < _LLMC_HEADER_BYTES:
+        return None
+    magic, version, count = np.frombuffer(block, "<i4", 3).tolist()
+    if magic not in _LLMC:
+        return None
+    known, name = _LLMC[magic]
+    dtype = np.dtype(name).newbyteorder("<")
+    if version != known:
+        raise DataError(
+            f"{path}: version {version} of llm.c's token files is not {known}, the known one"
+        )
+    expected = _LLMC_HEADER_BYTES + count * dtype.itemsize
+    if num_bytes != expected:
+        raise DataError(
+            f"{path}: llm.c's header says {count} {name} tokens, {expected} bytes, but it has "
+            f"{num_bytes}; get the file again"
+        )
+    return _Layout(dtype, _LLMC_HEADER_BYTES, "llm.c's header")
+
+
+def _refuse_wider(path: Path, block: bytes, num_bytes: int) -> None:
+    """Refuse ids of 32 or 64 bits that would be read as uint16.
+
+    The upper half of a 32-bit id is 0 below 2^16, and at most 15 below 2^20. So the rule: at least 16 of
+    the first words are larger than t, and all of them stand at even places, for t = 0 or t = 15. In ids
+    of 16 bits, k words that are larger fall on even places alone with a probability of about 2^-k, since
+    places mean nothing there: at most 3e-5, and 1e-300 from 1,000 such words on. Not so where every
+    second id is the same, as with one letter on a line: then the message says what to do.
+    """
+    words = np.frombuffer(block[: len(block) // 4 * 4], "<u2")
+    if num_bytes % 4 or not any(_only_at_even_places(words > tiny) for tiny in _TINY):
+        return
+    wide = num_bytes % 8 == 0 and not words[2::4].any() and not words[3::4].any()
+    name, bits = ("int64", 64) if wide else ("uint32", 32)
+    raise DataError(
+        f"{path}: its ids look like {bits} bits each, not like uint16, which nanoGPT writes: the upper "
+        f"halves of the first {words.nbytes:,} bytes are all tiny; give --bin-dtype {name}, or "
+        "--bin-dtype uint16 if they are uint16 all the same"
+    )
+
+
+def _only_at_even_places(large: np.ndarray) -> bool:
+    return not large[1::2].any() and np.count_nonzero(large) >= _FEWEST
