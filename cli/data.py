@@ -6,15 +6,10 @@ from typing import Any
 import click
 
 
-class _OneLine(click.ClickException):
-    """An error in one line, with an exit code of its own.
+class _WrongSetting(click.ClickException):
+    """A setting that is wrong whatever the sources: a usage error, in one line."""
 
-    2: a setting that is wrong whatever the sources. 128 + N: signal N has ended the command.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 2
 
     def show(self, file: object = None) -> None:
         click.echo(f"error: {self.message}", err=True)
@@ -75,7 +70,7 @@ def prepare(
     try:
         check_settings(tokenizer, val_fraction, vocab_size)
     except DataError as error:
-        raise _OneLine(str(error), 2) from error
+        raise _WrongSetting(str(error)) from error
     try:
         result = prepare_dataset(
             sources,
@@ -89,11 +84,12 @@ def prepare(
             report=lambda step: click.echo(f"{step} ...", err=True),
         )
     except Stopped as stopped:
-        raise _OneLine(
-            f"stopped by {stopped.name}; nothing half made is left, and {out} is what it was before, "
-            "or the new data set",
-            int(str(stopped.code)),
-        ) from None
+        click.echo(
+            f"error: stopped by {stopped.name}; nothing half made is left, and {out} is what it was "
+            "before, or the new data set",
+            err=True,
+        )
+        raise click.exceptions.Exit(int(str(stopped.code))) from None
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
     train, val = result.train, result.val

@@ -180,4 +180,4 @@ def _refuse_wider(path: Path, block: bytes, num_bytes: int) -> None:
 
 
 def _only_at_even_places(large: np.ndarray) -> bool:
-    return not large[1::2].any() and np.count_nonzero(large) >= _FEWEST
+    return bool(not large[1::2].any() and np.count_nonzero(large) >= _FEWEST)
