@@ -46,6 +46,11 @@ def command() -> None:
 @click.option(
     "--text-field", default="text", show_default=True, help="The field of JSON lines to read."
 )
+@click.option(
+    "--separator",
+    metavar="TOKEN",
+    help="The token between documents, for --tokenizer FILE.  [default: its end of a text, by name]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a prepared data set in --out.")
 def prepare(
     sources: tuple[str, ...],
@@ -55,6 +60,7 @@ def prepare(
     vocab_size: int | None,
     bin_dtype: str | None,
     text_field: str,
+    separator: str | None,
     overwrite: bool,
 ) -> None:
     """Turn text into a folder of token ids.
@@ -68,7 +74,7 @@ def prepare(
     from cupytron.data.stopping import Stopped
 
     try:
-        check_settings(tokenizer, val_fraction, vocab_size)
+        check_settings(tokenizer, val_fraction, vocab_size, separator)
     except DataError as error:
         raise _WrongSetting(str(error)) from error
     try:
@@ -81,6 +87,7 @@ def prepare(
             text_field=text_field,
             bin_dtype=bin_dtype,
             overwrite=overwrite,
+            separator=separator,
             report=lambda step: click.echo(f"{step} ...", err=True),
         )
     except Stopped as stopped:

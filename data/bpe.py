@@ -7,6 +7,7 @@ of a text is lost.
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,22 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from . import separators
 from .errors import DataError
+from .pieces import Piece, Tokens, cut, places_of
+from .streaming import WindowDecoder
 from .tokenizers import MAX_VOCAB_SIZE, SEPARATOR_TEXT, StreamDecoder, Tokenizer, to_utf8
 
-# what the end of a text is called in GPT-2 and Qwen, Llama 3, Llama 2, Gemma
-_SEPARATORS = (SEPARATOR_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 BPE_SIZES = (257, 1 << 20)  # the smallest is 256 bytes and the separator
-_LONGEST_CHARACTER = 8  # tokens
-_PIECE = 1 << 13  # characters
-_LONGEST_PIECE = 1 << 16
-# white space after a letter or digit, or after anything else but white space
-_AFTER_WORD = re.compile(r"[ \n](?<=[^\W_][ \n])")
-_AFTER_ANY = re.compile(r"[ \n](?<=\S[ \n])")
 
 
 class LibraryTokenizer(Tokenizer):
     """A tokenizer of the library, from the content of its JSON file."""
+
+    keeps_bytes = False
 
     def __init__(self, content: dict[str, Any], where: str) -> None:
         library = _library()
@@ -49,6 +47,8 @@ class LibraryTokenizer(Tokenizer):
             added = self._tokenizer.get_added_tokens_decoder()
             # "<|endoftext|>" written out in a text is text, not the separator
             self._tokenizer.encode_special_tokens = True
+            # adds nothing where special tokens are not asked for, but can move the places of tokens
+            self._tokenizer.post_processor = None
         if not vocabulary:
             raise DataError(f"{where}: the tokenizer's vocabulary is empty; train it first")
         self.vocab_size = max(vocabulary.values()) + 1
@@ -57,43 +57,86 @@ class LibraryTokenizer(Tokenizer):
                 f"{where}: token id {self.vocab_size - 1} is too large; at most {MAX_VOCAB_SIZE:,} "
                 "ids can be used"
             )
+        self._vocabulary = vocabulary
+        self._added = {i: token.content for i, token in added.items()}
         self.special = frozenset(i for i, token in added.items() if token.special)
-        names = {added[i].content: i for i in sorted(self.special)}
-        self._separator_text = next((name for name in _SEPARATORS if name in names), None)
-        self.separator = names[self._separator_text] if self._separator_text else None
-        self.token_bytes = _byte_level(
-            content, vocabulary, {i: t.content for i, t in added.items()}
-        )
+        names = {added[i].content for i in self.special}
+        known = (name for name in separators.NAMES_WITHOUT_MARK if name in names)
+        self._separator_text = separators.marked(content) or next(known, None)
+        if self._separator_text is not None:
+            self.separator = vocabulary[self._separator_text]
+        self.token_bytes = _byte_level(content, vocabulary, self._added)
+        self._byte_ids = _byte_fallback(content, vocabulary)
+        self._places = places_of(content)
+
+    def with_separator(self, name: str | None) -> Tokenizer:
+        if name is None:
+            name = self._separator_text or next(
+                filter(self._separates, separators.KNOWN_NAMES), None
+            )
+        else:
+            separators.require(name, self._vocabulary, self._added.values())
+        if name == self._separator_text:
+            return self
+        assert name is not None
+        marked = separators.mark(self.content, name, self._vocabulary[name])
+        return LibraryTokenizer(marked, self._where)
+
+    def _separates(self, name: str) -> bool:
+        """Whether there is a token of that name which is no word that BPE has learnt from text."""
+        i = self._vocabulary.get(name)
+        if i is None:
+            return False
+        return i in self._added or self.kind != "bpe" or i not in self._encode([name])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # "fast" leaves out the characters that each id came from
+        encodings = self._encode(texts, fast=True)
+        found = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [
+            self._without_separator(text).ids if (ids == self.separator).any() else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def encode_tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        found = [_tokens(encoding) for encoding in self._encode(texts)]
+        return [
+            self._without_separator(text) if (tokens.ids == self.separator).any() else tokens
+            for text, tokens in zip(texts, found, strict=True)
+        ]
+
+    def _encode(self, texts: Sequence[str], fast: bool = False) -> list[Any]:
         for text in texts:
             to_utf8(text)
-        ids = self._encode(list(texts))
-        if self.separator is None or not any((i == self.separator).any() for i in ids):
-            return ids
-        return [self._without_separator(text) for text in texts]
-
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         with self._guard():
-            # "fast" leaves out the characters that each id came from
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+            encode = self._tokenizer.encode_batch_fast if fast else self._tokenizer.encode_batch
+            encodings: list[Any] = encode(list(texts), add_special_tokens=False)
+            return encodings
 
-    def _without_separator(self, text: str) -> np.ndarray:
-        """The ids of a text whose words this model's vocabulary takes for the separator."""
+    def _without_separator(self, text: str) -> Tokens:
+        """The tokens of a text whose words this model's vocabulary takes for the separator.
+
+        The text is cut inside these words, and the parts are encoded by themselves.
+        """
         assert self._separator_text is not None
         start, end = map(re.escape, (self._separator_text[:2], self._separator_text[2:]))
         parts = re.split(f"(?<={start})(?={end})", text)
-        ids = np.concatenate(self._encode(parts))
-        if (ids == self.separator).any():
+        offsets = itertools.accumulate(map(len, parts), initial=0)
+        found = [
+            _tokens(encoding, offset)
+            for encoding, offset in zip(self._encode(parts), offsets, strict=False)
+        ]
+        tokens = Tokens(*map(np.concatenate, zip(*found, strict=True)))
+        if (tokens.ids == self.separator).any():
             raise DataError(
                 f"{self._where}: the tokenizer encodes text to its separator "
-                f"{self._separator_text} (id {self.separator}); use another tokenizer"
+                f"{self._separator_text} (id {self.separator}); use another tokenizer, or choose "
+                "another separator with --separator TOKEN"
             )
-        return ids
+        return tokens
 
-    def cut(self, texts: Iterable[str]) -> Iterator[str]:
-        return cut(texts)
+    def cut(self, texts: Iterable[str]) -> Iterator[Piece]:
+        return cut(texts, self._places)
 
     def decode(self, ids: Iterable[int]) -> str:
         if self.token_bytes is not None:
@@ -101,8 +144,10 @@ class LibraryTokenizer(Tokenizer):
         with self._guard():
             return self._tokenizer.decode(self.check(ids), skip_special_tokens=False)
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self) if self.token_bytes is not None else _WindowDecoder(self)
+    def stream(self, prompt: Sequence[int] = ()) -> StreamDecoder:
+        if self.token_bytes is not None:
+            return StreamDecoder(self, prompt)
+        return WindowDecoder(self.decode, prompt, self._byte_ids)
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -118,61 +163,11 @@ class LibraryTokenizer(Tokenizer):
             ) from error
 
 
-class _WindowDecoder(StreamDecoder):
-    """For tokenizers whose text of an id depends on the ids before it: decodes the last few again."""
-
-    def __init__(self, tokenizer: LibraryTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0  # ids[:_shown] have been returned
-
-    def push(self, token: int) -> str:
-        self._ids.append(int(token))
-        text = self._rest()
-        if not text or (
-            text.endswith("\ufffd") and len(self._ids) - self._shown < _LONGEST_CHARACTER
-        ):
-            return ""
-        # the ids shown last stay as the context of the next
-        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
-        return text
-
-    def finish(self) -> str:
-        return self._rest()
-
-    def _rest(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._shown])
-        return self._tokenizer.decode(self._ids)[len(before) :]
-
-
-def cut(texts: Iterable[str]) -> Iterator[str]:
-    """Regroup the blocks of a document into pieces, cut between a letter or digit and white space.
-
-    The library takes many times the memory of a text to encode it, and more time for long ones.
-    GPT-2's pattern and its successors always split a text there, so that the ids stay the same. In a
-    text that has no such place for long, the cut may change the ids of the word it goes through.
-    """
-    pending, start = "", 0
-    for text in texts:
-        pending, start = pending[start:] + text, 0
-        while len(pending) - start > _PIECE:
-            limit = start + _LONGEST_PIECE
-            boundary = _AFTER_WORD.search(pending, start + _PIECE, limit)
-            if boundary is None and len(pending) <= limit:
-                break
-            boundary = boundary or _AFTER_ANY.search(pending, start + _PIECE, limit)
-            end = boundary.start() if boundary else limit
-            yield pending[start:end]
-            start = end
-    if len(pending) > start:
-        yield pending[start:]
-
-
 def train(texts: Iterable[str], size: int) -> LibraryTokenizer:
     """Train byte-level BPE; the same texts give the same tokenizer.
 
     Args:
-        texts: pieces of text as `cut` makes them (the library holds 256 at a time), consumed once.
+        texts: as `training_pieces` makes them (the library holds 256 at a time), consumed once.
         size: ids wanted, in BPE_SIZES, with the 256 bytes and the separator; a small corpus gives fewer.
 
     Raises:
@@ -205,27 +200,35 @@ def _library() -> Any:
     return tokenizers
 
 
+def _tokens(encoding: Any, offset: int = 0) -> Tokens:
+    places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + offset
+    return Tokens(np.array(encoding.ids, np.uint32), places[:, 0], places[:, 1])
+
+
 def _byte_level(
     content: dict[str, Any], vocabulary: dict[str, int], added: dict[int, str]
 ) -> list[bytes] | None:
-    """The bytes of each id of a byte-level BPE; None if it is not one that keeps every byte."""
-    decoder, model = content.get("decoder"), content["model"]
+    """The bytes that each id is decoded to, if the decoder is GPT-2's; else None."""
+    decoder = content.get("decoder")
     if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
         return None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        return None
     alphabet = _byte_alphabet()
-    if content.get("normalizer") is not None or not all(c in vocabulary for c in alphabet):
-        return None
     result = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
-        if i in added:
-            result[i] = added[i].encode("utf-8")
-        elif all(c in alphabet for c in token):
+        if i not in added and all(c in alphabet for c in token):
             result[i] = bytes(alphabet[c] for c in token)
         else:
-            return None
+            result[i] = token.encode("utf-8")
     return result
+
+
+def _byte_fallback(content: dict[str, Any], vocabulary: dict[str, int]) -> frozenset[int]:
+    """The ids that the decoder takes for single bytes, such as <0x0A>."""
+    if '"ByteFallback"' not in json.dumps(content.get("decoder")):
+        return frozenset()
+    return frozenset(
+        i for token, i in vocabulary.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:

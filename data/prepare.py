@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bpe import BPE_SIZES, cut, train
+from .bpe import BPE_SIZES, train
 from .corpora import CORPORA, open_corpus
 from .dataset import Sidecar, is_prepared
 from .errors import DataError
 from .paths import open_path
+from .pieces import training_pieces
 from .sources import Part, Source, documents
 from .stopping import OrderlyStop
 from .token_files import BIN_DTYPES, TokenFile
@@ -48,6 +49,7 @@ def prepare_dataset(
     vocab_size: int | None = None,
     text_field: str = "text",
     overwrite: bool = False,
+    separator: str | None = None,
     report: Callable[[str], None] = lambda message: None,
     bin_dtype: str | None = None,
 ) -> Prepared:
@@ -64,6 +66,7 @@ def prepare_dataset(
         vocab_size: of token files whose tokenizer is not known.
         text_field: of JSON lines.
         overwrite: replace a prepared data set.
+        separator: the token between documents, for a tokenizer file; None: the best that it has.
         report: called with each step, for the user to see.
         bin_dtype: one of BIN_DTYPES, for .bin files that do not say it; None: uint16, unless the ids look
             like wider ones.
@@ -72,28 +75,29 @@ def prepare_dataset(
         DataError: a setting, source or tokenizer that cannot be used; nothing is left behind.
         Stopped: SIGTERM or SIGHUP has come; nothing is left behind.
     """
-    check_settings(tokenizer, val_fraction, vocab_size, bin_dtype)
+    check_settings(tokenizer, val_fraction, vocab_size, separator, bin_dtype)
     out = Path(os.path.realpath(out))
     notes = remove_dead(out, report)
     _check_output(out, overwrite)
     with OrderlyStop() as stop, WorkFolder(out) as work:
         with stop.released():
             opened, found = _open_sources(sources, text_field, bin_dtype, work)
-            choice = _tokenizer(tokenizer, vocab_size, opened, report)
+            choice = _tokenizer(tokenizer, vocab_size, opened, separator, report)
             names = [str(source) for source in sources]
             size = choice.vocab_size if choice else vocab_size
             assert size is not None
-            train, val = write_dataset(work.new, opened, choice, size, val_fraction, names, report)
+            written = write_dataset(work.new, opened, choice, size, val_fraction, names, report)
         _check_output(out, overwrite)
         work.publish()
-    notes += [*found, *_notes(tokenizer, choice), *work.notes]
-    return Prepared(out, train, val, notes)
+    notes += [*found, *_notes(tokenizer, choice), *written.notes, *work.notes]
+    return Prepared(out, written.train, written.val, notes)
 
 
 def check_settings(
     tokenizer: str | Path | None,
     val_fraction: float,
     vocab_size: int | None,
+    separator: str | None = None,
     bin_dtype: str | None = None,
 ) -> None:
     """Raise a DataError for a setting that is wrong whatever the sources."""
@@ -107,6 +111,11 @@ def check_settings(
         raise DataError(
             f"vocab_size={vocab_size} and tokenizer={tokenizer} exclude each other: the tokenizer "
             "says how many ids there are; leave one of them out"
+        )
+    if separator is not None and not _is_file(tokenizer):
+        raise DataError(
+            f"separator={separator} is for --tokenizer FILE: byte and bpe:SIZE have one of their own, "
+            "char and --vocab-size have none; leave it out"
         )
     if tokenizer in (None, "byte", "char"):
         return
@@ -122,6 +131,10 @@ def check_settings(
             )
     elif not Path(name).is_file():
         raise DataError(f"tokenizer={name} is neither byte, char, bpe:SIZE nor a file")
+
+
+def _is_file(tokenizer: str | Path | None) -> bool:
+    return tokenizer not in (None, "byte", "char") and not str(tokenizer).startswith("bpe:")
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
@@ -169,6 +182,7 @@ def _tokenizer(
     name: str | Path | None,
     vocab_size: int | None,
     sources: list[Source],
+    separator: str | None,
     report: Callable[[str], None],
 ) -> Tokenizer | None:
     """The tokenizer of that name, made from the sources where it depends on them."""
@@ -180,14 +194,13 @@ def _tokenizer(
                 f"{text[0]}: text needs a tokenizer; vocab_size={vocab_size} is for token files alone"
             )
         return None
-    is_file = name not in (None, "byte", "char") and not str(name).startswith("bpe:")
-    if token_files and not is_file:
+    if token_files and not _is_file(name):
         raise DataError(
             f"{token_files[0]}: a file of token ids does not say what they mean; give --vocab-size N, "
             "or the tokenizer they were made with as --tokenizer FILE"
         )
-    if is_file:
-        return load_tokenizer(str(name))
+    if _is_file(name):
+        return load_tokenizer(str(name)).with_separator(separator)
     if name == "char":
         report("collecting the characters")
         return CharTokenizer(
@@ -196,7 +209,7 @@ def _tokenizer(
     if str(name).startswith("bpe:"):
         report("training the tokenizer")
         stride = 1 + sum(source.num_bytes for source in sources) // _TRAINING_BYTES
-        pieces = itertools.chain.from_iterable(map(cut, documents(_parts(sources))))
+        pieces = itertools.chain.from_iterable(map(training_pieces, documents(_parts(sources))))
         return train(itertools.islice(pieces, 0, None, stride), int(str(name)[4:]))
     return ByteTokenizer()
 
@@ -209,11 +222,6 @@ def _parts(sources: list[Source]) -> Iterator[Part]:
 def _notes(name: str | Path | None, tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None:
         return ["without a tokenizer, samples are token ids, and there are no bits per byte"]
-    if tokenizer.token_bytes is None:
-        return [
-            f"this {tokenizer.kind} tokenizer may not keep every character of a text (only byte-level "
-            "BPE does); the bytes of text are not counted"
-        ]
     if str(name).startswith("bpe:") and tokenizer.vocab_size < int(str(name)[4:]):
         return [f"the text is enough for a vocabulary of {tokenizer.vocab_size}, not of {name}"]
     return []

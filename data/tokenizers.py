@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
+from .pieces import Piece, Tokens
 
 SEPARATOR_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 64 << 20
@@ -27,20 +28,30 @@ class StreamDecoder:
     """Text of a growing sequence of ids: `push` each id, then `finish`.
 
     A character's bytes can come in several tokens; they are held back until it is complete. What `push`
-    and `finish` return adds up to `decode` of all ids.
+    and `finish` return adds up to what the pushed ids add to the text of the prompt's: `decode` of all
+    ids is `decode(prompt)` and then that. If the pushed ids change the end of the prompt's text (they
+    complete a character), it is the text after the part that stays.
     """
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(tokenizer.bytes_of(prompt))
+        # a character that the prompt begins and does not end is a replacement character in its text
+        self._known = "\ufffd" if self._decoder.getstate()[0] else ""
 
     def push(self, token: int) -> str:
         """The text that this id completes, often empty."""
-        return self._decoder.decode(self._tokenizer.bytes_of([token]))
+        return self._new(self._decoder.decode(self._tokenizer.bytes_of([token])))
 
     def finish(self) -> str:
         """What is left: a replacement character if the last character never became complete."""
-        return self._decoder.decode(b"", final=True)
+        return self._new(self._decoder.decode(b"", final=True))
+
+    def _new(self, text: str) -> str:
+        if text and self._known:
+            text, self._known = text.removeprefix(self._known), ""
+        return text
 
 
 class Tokenizer:
@@ -51,8 +62,10 @@ class Tokenizer:
         vocab_size: ids are 0 .. vocab_size - 1.
         separator: the id that stands between documents, or None. No text is encoded to it.
         content: the JSON object that `save` writes.
-        token_bytes: the UTF-8 bytes of each id; None where an id has none of its own (a tokenizer
-            whose decoder looks at neighbours). The separator's are those of its name.
+        token_bytes: the bytes of each id in decoded text; None where an id has none of its own (a
+            tokenizer whose decoder looks at neighbours). The separator's are those of its name.
+        keeps_bytes: whether the ids of every text have just its bytes. Where it is False, that is to be
+            checked text by text (`lossless`).
         special: ids that stand for no text.
     """
 
@@ -60,6 +73,7 @@ class Tokenizer:
     separator: int | None = None
     content: dict[str, Any]
     token_bytes: list[bytes] | None
+    keeps_bytes = True
     special: frozenset[int] = frozenset()
     vocab_size: int
 
@@ -71,9 +85,31 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def cut(self, texts: Iterable[str]) -> Iterator[str]:
-        """Regroup the pieces of one document into pieces that can be encoded one by one."""
-        return iter(texts)
+    def cut(self, texts: Iterable[str]) -> Iterator[Piece]:
+        """Regroup the blocks of one document into pieces to be encoded."""
+        return (Piece(text) for text in texts)
+
+    def encode_tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        """The ids of each text with their places in it. Only for tokenizers whose pieces overlap.
+
+        Raises:
+            DataError: a text that this tokenizer has no ids for.
+        """
+        raise NotImplementedError
+
+    def with_separator(self, name: str | None) -> "Tokenizer":
+        """This tokenizer with the token of that name between documents; None: the best one it has.
+
+        Raises:
+            DataError: no such token, or a tokenizer whose separator cannot be chosen.
+        """
+        if name is not None:
+            own = "has none" if self.separator is None else f"has {SEPARATOR_TEXT}"
+            raise DataError(
+                f"separator={name}: a {self.kind} tokenizer {own} and no other; a separator is chosen "
+                "for a tokenizer file of Hugging Face"
+            )
+        return self
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist() if text else []
@@ -82,8 +118,9 @@ class Tokenizer:
         """The text of the ids; bytes that are no UTF-8 become replacement characters."""
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self)
+    def stream(self, prompt: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder of the ids that follow `prompt`."""
+        return StreamDecoder(self, prompt)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         assert self.token_bytes is not None

@@ -1,23 +1,34 @@
 """From sources and a tokenizer to the files of a prepared folder, in blocks."""
 
 import hashlib
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from .dataset import FORMAT, Sidecar, check_ids, read_blocks
+from .dataset import FORMAT, Sidecar, read_blocks
+from .encoder import Encoder
 from .errors import DataError
-from .sources import BLOCK_BYTES, Part, Source, documents
-from .token_files import TokenFile
+from .sources import BLOCK_BYTES, Source
 from .tokenizers import Tokenizer
 
-_BATCH_PIECES = 4096
-_BATCH_CHARACTERS = 1 << 18
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        train, val: what train.json and val.json say.
+        notes: what the user should know, a line each.
+    """
+
+    train: Sidecar
+    val: Sidecar
+    notes: list[str]
 
 
 def write_dataset(
@@ -28,7 +39,7 @@ def write_dataset(
     val_fraction: float,
     names: list[str],
     report: Callable[[str], None],
-) -> tuple[Sidecar, Sidecar]:
+) -> Written:
     """Write the files of a prepared folder; the sidecars come last."""
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     separator = tokenizer.separator if tokenizer else None
@@ -36,7 +47,8 @@ def write_dataset(
     train_path, val_path = folder / "train.bin", folder / "val.bin"
     with open(train_path, "wb") as file:
         writer = _Writer(file, dtype, separator)
-        for first, ids in _encode(sources, tokenizer, vocab_size):
+        encoder = Encoder(tokenizer, vocab_size)
+        for first, ids in encoder.encode(sources):
             writer.write(first, ids)
     if not writer.count:
         no_text(sources)
@@ -50,7 +62,7 @@ def write_dataset(
     if tokenizer:
         tokenizer.save(folder / "tokenizer.json")
     report("counting")
-    lengths = tokenizer.text_lengths() if tokenizer else None
+    lengths = encoder.check.lengths if encoder.check else None
     sidecars = []
     for path in (train_path, val_path):
         num_tokens, num_bytes, sha256 = _count(path, dtype, lengths)
@@ -68,7 +80,21 @@ def write_dataset(
         )
         sidecar.write(path.with_suffix(".json"))
         sidecars.append(sidecar)
-    return sidecars[0], sidecars[1]
+    return Written(*sidecars, encoder.notes() + _separator_notes(tokenizer, writer.documents))
+
+
+def _separator_notes(tokenizer: Tokenizer | None, documents: int) -> list[str]:
+    if tokenizer is None or tokenizer.separator is not None or documents < 2:
+        return []
+    way_out = (
+        "byte and bpe:SIZE have one"
+        if tokenizer.kind == "char"
+        else "name one of its tokens with --separator TOKEN"
+    )
+    return [
+        f"the {documents:,} documents run together: this {tokenizer.kind} tokenizer has no separator "
+        f"to stand between them; {way_out}"
+    ]
 
 
 class _Writer:
@@ -79,67 +105,29 @@ class _Writer:
         self._file = file
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._separator = separator
+        self.documents = 0  # that have ids
         self._last = -1
+        self._first = False
 
     def write(self, first: bool, ids: np.ndarray) -> None:
+        """Append the next ids; `first`: they start a document."""
+        # the beginning of a document may have no ids
+        self._first |= first
         if not ids.size:
             return
         separator = self._separator
         # a .bin file may bring its own separator along
-        if first and self.count and separator is not None and self._last != separator:
+        own = separator in (self._last, int(ids[0]))
+        if self._first and self.count and separator is not None and not own:
             self._append(np.array([separator]))
+        self.documents += self._first
+        self._first = False
         self._append(ids)
 
     def _append(self, ids: np.ndarray) -> None:
         self._file.write(ids.astype(self._dtype).tobytes())
         self.count += ids.size
         self._last = int(ids[-1])
-
-
-def _encode(
-    sources: list[Source], tokenizer: Tokenizer | None, vocab_size: int
-) -> Iterator[tuple[bool, np.ndarray]]:
-    """The ids of each piece, and whether it starts a document."""
-    for is_tokens, group in itertools.groupby(
-        sources, lambda source: isinstance(source, TokenFile)
-    ):
-        if is_tokens:
-            for source in group:
-                position = 0
-                for part in source.parts():
-                    assert part.ids is not None
-                    check_ids(part.ids, vocab_size, source.name, position)
-                    position += part.ids.size
-                    yield part.first, part.ids
-            continue
-        assert tokenizer is not None
-        parts = itertools.chain.from_iterable(source.parts() for source in group)
-        for batch in _batches(_pieces(parts, tokenizer)):
-            ids = tokenizer.encode_batch([text for _, text in batch])
-            yield from zip((first for first, _ in batch), ids, strict=True)
-
-
-def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
-    """Each document cut where the tokenizer wants it."""
-    for document in documents(parts):
-        first = True
-        for text in tokenizer.cut(document):
-            yield first, text
-            first = False
-
-
-def _batches(pieces: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """Groups of pieces: the tokenizers library encodes those of a group at once, on threads."""
-    batch: list[tuple[bool, str]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_PIECES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _move_tail(path: Path, tail_path: Path, size: int) -> None:

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -268,7 +269,8 @@ def test_python_corpora(here, monkeypatch):
     write(here / "python-docs", "a file of that name")
     result = prepare_dataset(["python-docs"], "docs", "char")
     assert result.train.tokens + result.val.tokens > 300_000
-    assert result.notes == ["python-docs is the named corpus; write ./python-docs for the file"]
+    assert result.notes[0] == "python-docs is the named corpus; write ./python-docs for the file"
+    assert re.match(r"the \d+ documents run together: this char tokenizer", result.notes[1])
     prepare_dataset(["./python-docs"], "file", val_fraction=0)
     assert bytes(stream("file")) == b"a file of that name"
 
