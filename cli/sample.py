@@ -45,8 +45,8 @@ def command(
 ) -> None:
     """Write text with a trained model.
 
-    A text ends after N tokens, or where the model ends the document. Under mpirun the ranks share the
-    model, and write what one process would.
+    The prompt comes first, as the tokenizer gives it back. A text ends after N tokens, or where the model
+    ends the document. Under mpirun the ranks share the model, and write what one process would.
     """
     # ranks share the layers, unless told otherwise: replicas would all write the same
     tp = tp or (1 if zero else max(1, launched_tasks() // pp))
@@ -62,15 +62,10 @@ def command(
             if first:
                 write(text)
 
-        if prompt is None:
-            prompt = model.default_prompt()
         for sample in range(num_samples):
             if num_samples > 1:
                 tell(f"--- sample {sample + 1} of {num_samples}\n")
-            pieces = model.stream(prompt, max_new_tokens, **how, sample=sample)
-            first_piece = next(pieces, "")  # errors come before the prompt is echoed
-            tell(prompt + first_piece)
-            for text in pieces:
+            for text in model.stream(prompt, max_new_tokens, **how, sample=sample, echo=True):
                 note(model.step, "writing")
                 tell(text)
             tell("\n")

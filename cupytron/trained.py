@@ -9,7 +9,14 @@ from typing import Any
 from cupytron.backend import named_dtype
 from cupytron.comm import ParallelContext
 from cupytron.config import ParallelConfig, RunConfig, load_config
-from cupytron.data import DataError, Dataset, Tokenizer, evaluation_batches, load_tokenizer
+from cupytron.data import (
+    DataError,
+    Dataset,
+    StreamDecoder,
+    Tokenizer,
+    evaluation_batches,
+    load_tokenizer,
+)
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.generate import generate
 from cupytron.memory import explained
@@ -54,10 +61,17 @@ class TrainedModel:
         seed: int = 1,
         sample: int = 0,
         stop_at_separator: bool = True,
+        echo: bool = False,
     ) -> Iterator[str]:
         """The text after `prompt`, piece by piece; arguments as in cupytron.generate.generate.
 
-        Without a prompt it begins as a document does (`default_prompt`).
+        It is what the new ids add to the text of the prompt's ids (`StreamDecoder`). So `prompt` and
+        these pieces together are what all ids are decoded to, if that begins with `prompt`. It does not
+        if the tokenizer changes the prompt (to lower case, say).
+
+        Args:
+            prompt: None: begin as a document does (`default_prompt`).
+            echo: the prompt comes first, as its ids are decoded.
 
         Raises:
             CupytronError, DataError: no tokenizer, an empty prompt, or an argument out of range.
@@ -69,10 +83,12 @@ class TrainedModel:
                 "read a prompt; prepare the data with --tokenizer FILE"
             )
         separator = tokenizer.separator
-        ids = tokenizer.encode(self.default_prompt() if prompt is None else prompt)
+        prompt = self.default_prompt() if prompt is None else prompt
+        ids = tokenizer.encode(prompt)
+        decoder = tokenizer.stream(ids)
+        shown = tokenizer.decode(ids)
         if not ids and separator is not None:
             ids = [separator]  # a document begins here
-        decoder = tokenizer.stream()
         tokens = generate(
             self.model,
             ids,
@@ -87,12 +103,16 @@ class TrainedModel:
             tp=self.context.tp,
             pipeline=self.pipeline,
         )
+        pieces = _decoded(tokens, decoder)
         with _explained(self.config, self.context, sequences=1):
-            for token in tokens:
-                if text := decoder.push(token):
-                    yield text
-        if text := decoder.finish():
-            yield text
+            if echo:
+                # only with the first text, so that errors come before the prompt
+                yield shown + next(pieces, "")
+                yield from pieces
+            else:
+                # such as a space at the end of the prompt that comes back with the next word
+                lost = prompt.removeprefix(shown) if prompt.startswith(shown) else ""
+                yield from _after(lost, pieces)
 
     def default_prompt(self) -> str:
         """Nothing if the tokenizer has a separator to begin with, else a new line or the first token."""
@@ -147,6 +167,28 @@ class TrainedModel:
             "tokens": counted,
             "step": self.step,
         }
+
+
+def _decoded(tokens: Iterator[int], decoder: StreamDecoder) -> Iterator[str]:
+    for token in tokens:
+        if text := decoder.push(token):
+            yield text
+    if text := decoder.finish():
+        yield text
+
+
+def _after(start: str, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces without `start`, if they begin with it; else all of them."""
+    held = ""
+    for text in pieces:
+        held += text
+        if len(held) < len(start) and start.startswith(held):
+            continue
+        if rest := held.removeprefix(start):
+            yield rest
+        held = start = ""
+    if held:
+        yield held
 
 
 def _noted(batches: Iterator[Any], step: int, note: Note) -> Iterator[Any]:
