@@ -23,13 +23,28 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Write a folder's list of names through to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def synced(path: Path) -> None:
+    """Write what a file holds, or a folder's list of names, through to the disk.
+
+    Raises:
+        OSError: naming the path, which the system's own error does not.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Write a folder's list of names through to the disk, where the file system syncs folders at all."""
+    try:
+        synced(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def sync_parents(path: Path) -> None:

@@ -9,7 +9,6 @@ the dead from the living: the system gives it back when its owner ends, however 
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -19,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cupytron.durable import exchange, sync_folder, synced
+
 from .errors import DataError
-from .exchange import exchange
 
 
 class WorkFolder:
@@ -191,24 +191,5 @@ def make_folders(path: Path) -> None:
 
 def _sync_files(folder: Path) -> None:
     for path in folder.iterdir():
-        _sync(path, os.O_RDONLY)
+        synced(path)
     sync_folder(folder)
-
-
-def sync_folder(path: Path) -> None:
-    """Let the names in a folder reach the disk."""
-    try:
-        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that syncs no folders
-            raise
-
-
-def _sync(path: Path, flags: int) -> None:
-    file = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(file)

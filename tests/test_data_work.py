@@ -14,9 +14,9 @@ import runs
 
 from cupytron.cli import main
 from cupytron.data import DataError, open_dataset, prepare_dataset, work
-from cupytron.data.exchange import exchange
 from cupytron.data.stopping import OrderlyStop, Stopped
 from cupytron.data.work import WorkFolder, remove_dead
+from cupytron.durable import exchange
 
 KILLED_WHILE_REPLACING = """
 import os, pathlib, sys
