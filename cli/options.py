@@ -29,6 +29,7 @@ FLAGS = [
     (("--max-steps",), "train.max_steps", "Steps of the whole run."),
     (("--lr", "--learning-rate"), "optim.lr", "Highest learning rate."),
     (("--eval-interval",), "train.eval_interval", "Steps between validation losses."),
+    (("--check-replicas",), "train.check_replicas", "Steps between comparisons of replicas."),
     (("--seed",), "train.seed", "Of weights, sample order and dropout."),
     (("--dtype",), "train.dtype", "Of weights and optimizer state: float32 or float64."),
     (("--compute-dtype",), "train.compute_dtype", "float64, float32, bfloat16 or float16."),

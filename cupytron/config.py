@@ -180,6 +180,10 @@ class TrainConfig(_Settings):
         default=250, description="steps between validation losses; 0: only at the end"
     )
     log_interval: Steps = Field(default=10, description="steps between progress lines")
+    check_replicas: StepsOrNever = Field(
+        default=0,
+        description="steps after which what several ranks hold alike is compared; 0: before saves only",
+    )
 
 
 class OptimConfig(_Settings):

@@ -66,5 +66,5 @@ def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[s
             continue
         for key, value in now[section].items():
             old = before.get(section, {}).get(key)
-            if old != value and key not in ("log_interval", "eval_interval"):
+            if old != value and key not in ("log_interval", "eval_interval", "check_replicas"):
                 yield f"{section}.{key}: {old} before, {value} now"

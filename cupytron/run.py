@@ -20,6 +20,7 @@ from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
+from cupytron.parallel.drift import ReplicasDiffer
 from cupytron.resume import check_fits, check_model
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
@@ -272,7 +273,7 @@ class _Run:
         with quiet:
             try:
                 # at the start, and where a signal cut an evaluation short
-                if self.val_loss is None and self._evaluation_due():
+                if self.val_loss is None and self._evaluation_due(self.trainer.step):
                     self._evaluate()
                     if self.saved is not None and self._is_best():
                         self._save(again=True)
@@ -313,8 +314,11 @@ class _Run:
         inputs, targets = self._next_batch()
         tracing = self.trace.step(self.trainer.step, self.context) if self.trace else None
         self.val_loss = None
+        # an evaluation may find the best weights, which are saved
+        end = self.trainer.step + 1
+        compare = self._save_due(end) or self._evaluation_due(end) or self._check_due(end)
         with tracing or contextlib.nullcontext(), self._last_good_named():
-            started = self.trainer.start_step(inputs, targets)
+            started = self.trainer.start_step(inputs, targets, compare)
             self.tokens += self.config.tokens_per_step
             # a GPU works on this step while the host hears of the one before it
             self._finish_step()
@@ -393,9 +397,15 @@ class _Run:
 
     @contextlib.contextmanager
     def _last_good_named(self) -> Iterator[None]:
-        """Add to a NotFinite from where one can go on."""
+        """Add to a NotFinite or a ReplicasDiffer from where one can go on."""
         try:
             yield
+        except ReplicasDiffer as error:
+            at = "the beginning" if self.saved is None else f"step {self.saved}"
+            raise ReplicasDiffer(
+                f"{error}; nothing was saved; start the same command again: it goes on from {at}; if it "
+                "comes again at the same rank, suspect that machine's memory"
+            ) from None
         except NotFinite as error:
             if "last good" in str(error):
                 raise
@@ -406,17 +416,32 @@ class _Run:
         return f"last good checkpoint: {self.folder.place(steps[-1]) if steps else 'none'}"
 
     def _after_step(self) -> None:
-        step, every = self.trainer.step, self.config.checkpoint.interval
-        due = step == self.config.train.max_steps or (every > 0 and step % every == 0)
-        if self._evaluation_due():
+        step = self.trainer.step
+        due = self._save_due(step)
+        if self._evaluation_due(step):
             self._evaluate()
             # the best weights are kept, so they are saved when they are found
             due |= self._is_best()
         if due and self.stop.signal is None:
             self._save()
+        elif self._check_due(step):
+            self._compare_replicas()
 
-    def _evaluation_due(self) -> bool:
-        step, train = self.trainer.step, self.config.train
+    def _save_due(self, step: int) -> bool:
+        every = self.config.checkpoint.interval
+        return step == self.config.train.max_steps or (every > 0 and step % every == 0)
+
+    def _check_due(self, step: int) -> bool:
+        every = self.config.train.check_replicas
+        return every > 0 and step % every == 0
+
+    def _compare_replicas(self) -> None:
+        self._finish_step()
+        with self._last_good_named():
+            self.trainer.compare_replicas()
+
+    def _evaluation_due(self, step: int) -> bool:
+        train = self.config.train
         every = train.eval_interval
         return step in (0, train.max_steps) or (every > 0 and step % every == 0)
 
@@ -435,6 +460,7 @@ class _Run:
             return
         loss = total / counted
         if not math.isfinite(loss):
+            self._compare_replicas()  # one that has drifted may be the cause
             raise NotFinite(
                 f"step {self.trainer.step}: validation loss {loss} is not finite; lower optim.lr; "
                 f"{self._last_good()}"
@@ -454,8 +480,8 @@ class _Run:
     def _save(self, again: bool = False) -> None:
         if self.saved == self.trainer.step and not again:
             return
-        self._finish_step()
         self.note("saving")
+        self._compare_replicas()
         if self.metrics:
             self.metrics.flush()
         self._note_kernels()

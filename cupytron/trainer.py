@@ -12,6 +12,7 @@ from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_model
 from cupytron.errors import CheckpointError, CupytronError
 from cupytron.layer import Parameter
+from cupytron.parallel import drift
 from cupytron.parallel.buffer import share
 from cupytron.parallel.data import count_targets
 from cupytron.parallel.pipeline import Pipeline, Work, cut
@@ -104,14 +105,26 @@ class Trainer:
         """
         return self.start_step(inputs, targets)()
 
-    def start_step(self, inputs: Any, targets: Any) -> Callable[[], StepResult]:
+    def start_step(
+        self, inputs: Any, targets: Any, compare: bool = False
+    ) -> Callable[[], StepResult]:
         """As train_step, but on a GPU the step is only started; the function returned waits for it.
 
         The next step may be started before. A step that is not finite is told by whoever asks first; no
         later one has updated anything.
+
+        Args:
+            compare: compare, before the update, the copies of weights that it will overwrite.
+
+        Raises:
+            ReplicasDiffer: they differ; nothing has been updated.
         """
         if self._gpu is None:
             loss = self.compute_gradients(inputs, targets)
+            if not math.isfinite(loss):
+                self.compare_replicas()  # one that has drifted may be the cause; all ranks have this loss
+            if compare:
+                self.compare_replicas(before_update=True)
             norm, lr = self.apply_gradients(loss)
             result_here = StepResult(loss, norm, lr, not math.isfinite(norm), self.loss_scale.value)
             return lambda: result_here
@@ -119,11 +132,13 @@ class Trainer:
             self._tuned = True
             if self.context.tuner is not None:
                 with self.context.tuner.tuning(self.context.world):
-                    result = self.start_step(inputs, targets)
+                    result = self.start_step(inputs, targets, compare)
                 self._gpu.forget_graphs()  # they hold what was called before anything was chosen
                 return result
         with self.context.device.range(f"step {self.step}"):
             self._gpu.start_gradients(*self._cut(inputs, targets), self._lr)
+            if compare:
+                self.compare_replicas(before_update=True)
             return self._start_update()
 
     def _start_update(self) -> Callable[[], StepResult]:
@@ -134,6 +149,8 @@ class Trainer:
         def result() -> StepResult:
             found = numbers()
             if found.failed:
+                if not math.isfinite(found.loss):
+                    self.compare_replicas()
                 raise _not_finite(number, found.loss, found.norm)
             skipped = not math.isfinite(found.norm)
             return StepResult(found.loss, found.norm, lr, skipped, found.loss_scale)
@@ -226,6 +243,23 @@ class Trainer:
             scale.value, scale.good_steps = found["loss_scale"], int(found["good_steps"])
         if self._gpu is not None:
             self._gpu.write(found)
+
+    def compare_replicas(self, before_update: bool = False) -> None:
+        """Compare what this rank holds with the copies of it on other ranks. Collective over the world.
+
+        Args:
+            before_update: a step's update comes next: compare only what it will overwrite.
+
+        Raises:
+            ReplicasDiffer: naming ranks and tensors; the same on every rank.
+        """
+        if self.context.world.size == 1:
+            return
+        if before_update:
+            drift.compare(self.zero, self.step + 1, {}, before_update)
+        else:
+            place = {"step": self.step, "position": self.position, "lr": self._lr}
+            drift.compare(self.zero, self.step, place | self.counters())
 
     def evaluate(self, batches: Any) -> tuple[float, int]:
         """As the function `evaluate`, with this model on this mesh."""

@@ -49,6 +49,7 @@ OUT_OF_RANGE = {
     "train.seed": [-1, 2**63, 2**200],
     "train.eval_interval": [-1],
     "train.log_interval": [-1, 0],
+    "train.check_replicas": [-1],
     "optim.lr": [-1, 0, 1e12],
     "optim.min_lr": [-1e-9],
     "optim.warmup_steps": [-1],

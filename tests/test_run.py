@@ -196,10 +196,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 ):
     original = Trainer.start_step
 
-    def poisoned(self, inputs, targets):
+    def poisoned(self, *batch):
         if self.step == 6:
             self.model.norm.weight.data[0] = np.nan
-        return original(self, inputs, targets)
+        return original(self, *batch)
 
     monkeypatch.setattr(Trainer, "start_step", poisoned)
     with np.errstate(all="ignore"), pytest.raises(NotFinite, match=r"step 7.*step-0000000[45]"):
