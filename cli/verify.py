@@ -155,7 +155,7 @@ def _show(config: "RunConfig", report: Any) -> None:
             f"one process's gradient against finite differences: {report.gradient_error:.1e}"
         )
     if not report.replicas_equal:
-        click.echo("the replicas' weights differ")
+        click.echo("replicas differ in weights or optimizer state")
     if not report.groups_right:
         click.echo("the groups of the mesh hold other ranks than they should")
     limit = f"{report.tolerance:.0e}" if report.tolerance else "0: bit for bit"

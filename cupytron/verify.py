@@ -6,7 +6,6 @@ since biases of zero hide mistakes, and targets that do not count are spread une
 of them hide wrong means.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from cupytron.errors import ConfigError, CupytronError
 from cupytron.layer import Init, Layer
 from cupytron.mesh_run import open_mesh
 from cupytron.ops import philox
+from cupytron.parallel import drift
 from cupytron.parallel.pipeline import cut
 from cupytron.trainer import Trainer
 from cupytron.watchdog import Note, unwatched
@@ -45,8 +45,8 @@ class Report(NamedTuple):
 
     differences: of every tensor, the largest first. tolerance: what they may be; 0 is bit for bit.
     gradient_error: of the one process against finite differences; None in float32.
-    replicas_equal: whether all replicas' weights have the same bits, and both copies of a table that two
-        stages share.
+    replicas_equal: whether all that has a second copy on another rank has the same bits as that (see
+        parallel/drift.py).
     groups_right: whether the ranks of each axis differ along that axis alone.
     """
 
@@ -132,7 +132,7 @@ def compare(
         slack += _rounding_moves(trainer)
         for name, mine, same, whole in _held(trainer, "weights", expected.weights):
             _note(found, number, "weight", name, _error(mine, same, whole, slack))
-        replicas_equal &= _replicas_equal(trainer)
+        replicas_equal &= not drift.differences(trainer.zero)
     everyone = context.world.gather_objects((found, replicas_equal, _groups_right(context)))
     worst: dict[tuple[str, str], Difference] = {}
     for theirs, _, _ in everyone:
@@ -225,17 +225,6 @@ def _note(found: dict, step: int, what: str, tensor: str, error: float) -> None:
 
 def _worse(a: float, b: float) -> bool:
     return a > b or bool(np.isnan(a) and not np.isnan(b))
-
-
-def _replicas_equal(trainer: Trainer) -> bool:
-    digest, equal = hashlib.sha256(), True
-    for bucket in trainer.zero.buckets:
-        if bucket.data is not None:
-            digest.update(to_host(bucket.data).tobytes())
-        if copies := trainer.zero.copies(bucket):
-            mine = hashlib.sha256(to_host(bucket.weights).tobytes()).hexdigest()
-            equal &= len(set(copies.gather_objects(mine))) == 1
-    return equal and len(set(trainer.context.dp.gather_objects(digest.hexdigest()))) == 1
 
 
 def _groups_right(context: ParallelContext) -> bool:

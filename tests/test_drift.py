@@ -14,7 +14,7 @@ from runs import ENVIRONMENT, TINY, command, make_data
 from simulated import simulated_gpu
 from simulated_libraries import simulated_libraries
 
-from cupytron import checkpoint, mesh_run, ops
+from cupytron import checkpoint, mesh_run, ops, verify
 from cupytron.comm import run_ranks
 from cupytron.config import load_config
 from cupytron.parallel import drift
@@ -293,6 +293,20 @@ def test_one_process_compares_nothing(monkeypatch):
         trainer.compare_replicas()
 
     on_mesh(config(), body)
+
+
+def test_verify_sees_drift_in_optimizer_state(monkeypatch):
+    update = Trainer.apply_gradients
+
+    def planted(self, loss=0.0):
+        result = update(self, loss)
+        if self.context.world.rank == 1:
+            self.zero.buckets[1].state["exp_avg_sq"][0] = np.inf
+        return result
+
+    monkeypatch.setattr(Trainer, "apply_gradients", planted)
+    report = verify.run(settings("dp2", 0), steps=1)
+    assert report.largest <= report.tolerance and not report.replicas_equal and not report.ok
 
 
 # the fingerprint
