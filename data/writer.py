@@ -80,7 +80,8 @@ def write_dataset(
         )
         sidecar.write(path.with_suffix(".json"))
         sidecars.append(sidecar)
-    return Written(*sidecars, encoder.notes() + _separator_notes(tokenizer, writer.documents))
+    train, val = sidecars
+    return Written(train, val, encoder.notes() + _separator_notes(tokenizer, writer.documents))
 
 
 def _separator_notes(tokenizer: Tokenizer | None, documents: int) -> list[str]:
