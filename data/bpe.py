@@ -116,7 +116,8 @@ class LibraryTokenizer(Tokenizer):
     def _without_separator(self, text: str) -> Tokens:
         """The tokens of a text whose words this model's vocabulary takes for the separator.
 
-        The text is cut inside these words, and the parts are encoded by themselves.
+        The text is cut inside these words, and the parts are encoded by themselves. A tokenizer that puts
+        a space in front of a text does so for each part.
         """
         assert self._separator_text is not None
         start, end = map(re.escape, (self._separator_text[:2], self._separator_text[2:]))

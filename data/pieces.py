@@ -6,9 +6,11 @@ are cut, in one of two ways, and neither changes a document's ids:
 - At a place where the tokenizer splits every text (`places_of`), if its pre-tokenizer is known to do so.
   The pieces are encoded by themselves.
 - Anywhere, if the tokenizer is another or the text has no such place for long. Two neighbours then share
-  some text. They are joined at a token that both have: same id, same place. For BPE this is exact: if no
-  merge crosses the edges of a token in either piece, none does in the document. For other models it rests
-  on the distance of that token from where each piece was cut.
+  some text. They are joined at a token that both have: same id, same place. For BPE whose merges stand in
+  the order in which they were learnt this is exact: if no merge crosses the edges of a token in either
+  piece, none does in the document. For other models it rests on the distance of that token from where
+  each piece was cut. If two pieces have no token in common, they are encoded as one; beyond about a
+  million characters they are cut there, and the user is told.
 """
 
 import re

@@ -42,7 +42,7 @@ def test_a_prompt_goes_on_as_its_ids_and_the_new_ones_are_decoded(kind):
     rng = np.random.default_rng(1)
     text_ids = tokenizer.encode("the cat \u6f22\u5b57 lowest hello")
     went_on = 0
-    for trial in range(150):
+    for trial in range(90):
         prompt = tokenizer.encode(PROMPTS[trial % len(PROMPTS)])
         ids = rng.integers(0, tokenizer.vocab_size, rng.integers(0, 9)).tolist()
         if trial % 3 == 0:
@@ -53,7 +53,7 @@ def test_a_prompt_goes_on_as_its_ids_and_the_new_ones_are_decoded(kind):
         assert after.endswith(text)
         if after.startswith(before):
             assert before + text == after, (prompt, ids)
-    assert went_on > 130
+    assert went_on > 70
 
 
 @pytest.mark.parametrize(
