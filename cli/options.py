@@ -85,30 +85,51 @@ class Settings:
 
         Args:
             mesh: whether the processes that a launcher started are to form their mesh.
-            run: a run's folder; if it holds a checkpoint, and no preset and no file is given, its
-                own settings are the start.
+            run: a run's folder; if it holds a checkpoint, and no preset and no file is given, the
+                settings that its newest checkpoint seals are the start.
 
         Raises:
             ConfigError: a line for everything that is wrong with them.
+            UnreadableCheckpoint: that checkpoint cannot be read now.
         """
         from cupytron.config import load_config
+        from cupytron.errors import ConfigError
 
-        file = self.file
-        if run and not self.preset and not file:
-            own = Path(run) / "config.toml"
-            # a failed attempt that saved nothing leaves no settings to go on with
-            if own.is_file() and any(Path(run).glob("checkpoints/step-*")):
-                file = str(own)
+        start: dict[str, Any] = {"file": self.file}
+        if run and not self.preset and not self.file:
+            start = _own_settings(Path(run))
         if not mesh:
-            return load_config(self.preset, file, self.overrides)
+            return load_config(self.preset, overrides=self.overrides, **start)
         from cupytron.launcher import launched_tasks
 
         ranks, moved = launched_tasks(), []
-        if file != self.file:
+        if start != {"file": self.file}:
             # a run goes on on any mesh: its old one gives way where it does not fit, unless asked for
-            old = load_config(file=file, check=False).parallel
-            moved = _giving_way(old, self.overrides, ranks)
-        return load_config(self.preset, file, [*moved, *self.overrides], ranks)
+            moved = _giving_way(load_config(check=False, **start).parallel, self.overrides, ranks)
+        overrides = [*moved, *self.overrides]
+        try:
+            return load_config(self.preset, overrides=overrides, ranks=ranks, **start)
+        except ConfigError as error:
+            if run and ranks > 1 and start == {"file": None} and not self.preset:
+                # this rank alone may not see the run, which is not known before MPI begins
+                raise ConfigError(
+                    f"{error}\n{run}: no checkpoint is seen there, whose settings would be taken; if other "
+                    "ranks see one, put the run's folder on a file system that all ranks share"
+                ) from None
+            raise
+
+
+def _own_settings(run: Path) -> dict[str, Any]:
+    """Where a run's own settings are, as arguments of load_config; it may have none yet."""
+    from cupytron.sealed import list_steps, sealed_settings
+
+    if (settings := sealed_settings(run)) is not None:
+        return {"start": settings}
+    # a checkpoint that a killed save set aside comes back when the run starts; a failed attempt that saved
+    # nothing leaves no settings to go on with
+    file = run / "config.toml"
+    has_saved = bool(list_steps(run)) or (run / "saved").exists()
+    return {"file": str(file) if has_saved and file.is_file() else None}
 
 
 def _giving_way(old: "ParallelConfig", overrides: list[str], ranks: int) -> list[str]:
@@ -175,9 +196,12 @@ def data_vocabulary(config: "RunConfig") -> int | None:
 def prepare_for_run(run: str) -> None:
     """Prepare the process as a run's own settings say."""
     from cupytron.config import load_config
-    from cupytron.run_folder import RunFolder
+    from cupytron.sealed import require_run, sealed_settings
 
-    prepare_process(load_config(file=RunFolder(run).require().config, check=False))
+    require_run(Path(run))
+    start = sealed_settings(Path(run))
+    file = None if start else Path(run) / "config.toml"
+    prepare_process(load_config(file=file, check=False, start=start))
 
 
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,9 +6,9 @@ ValidationError. None means "follow another setting"; `resolve_model` and the pr
 `RunConfig` say which.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -354,8 +354,9 @@ def load_config(
     overrides: Iterable[str] = (),
     ranks: int | None = None,
     check: bool = True,
+    start: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The settings of a run: defaults < preset < file < overrides, and the later override wins.
+    """The settings of a run: defaults < start < preset < file < overrides, and the later override wins.
 
     Args:
         preset: name of a file in `cupytron/presets`, without `.toml`.
@@ -363,11 +364,14 @@ def load_config(
         overrides: `section.key=value` strings; `none` as the value unsets a key.
         ranks: processes that the mesh must fit; None: not known yet.
         check: whether the model and the batch must fit the mesh.
+        start: sections of settings, as a checkpoint seals them.
 
     Raises:
         ConfigError: a line for everything that is wrong, each beginning with the key or the file.
     """
     reader = Reader(RunConfig)
+    if start is not None:
+        reader.add_values(start)
     if preset is not None:
         reader.add_preset(preset)
     if file is not None:

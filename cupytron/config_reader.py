@@ -64,6 +64,10 @@ class Reader(Generic[Config]):
         """Lay a TOML file over what is there."""
         self._add_toml(lambda: read_toml(path))
 
+    def add_values(self, sections: Mapping[str, Any]) -> None:
+        """Lay sections of plain values over what is there."""
+        self._add(sections)
+
     def add_override(self, text: str) -> None:
         """Lay `section.key=value` over what is there.
 

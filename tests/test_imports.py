@@ -26,6 +26,7 @@ LAYERS = [
         "config_reader",
         "manifest",
         "versions",
+        "sealed",
     },
     {"backend"},
     {"comm"},

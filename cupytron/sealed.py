@@ -1,0 +1,69 @@
+"""What a run's checkpoints say before NumPy is imported: their steps, and the settings that they seal.
+
+A process is prepared as the settings say before NumPy is imported, so that nothing here may import it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cupytron.config_io import read_toml
+from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint
+from cupytron.manifest import read_manifest
+
+_STEP = re.compile(r"step-(\d{8,12})")
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def list_steps(run: Path) -> list[int]:
+    """Steps with a checkpoint, whole or not, in order; none if there is no folder for them."""
+    try:
+        names = [path.name for path in (run / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+
+def require_run(run: Path) -> None:
+    """Refuse a folder that is not a run's.
+
+    Raises:
+        CupytronError: it has neither settings nor checkpoints.
+    """
+    if not (run / "config.toml").is_file() and not list_steps(run):
+        raise CupytronError(
+            f"{run}: not a run's folder (it has no config.toml); "
+            "give the folder that `cupytron train --out` made"
+        )
+
+
+def sealed_settings(run: Path) -> dict[str, Any] | None:
+    """The settings in the newest whole manifest of a run; None if it has none.
+
+    config.toml proves nothing of itself, so that one thing alone is taken from it, data.path: the data may
+    have moved since the checkpoint, and is compared with the sealed hashes in any case.
+
+    Raises:
+        UnreadableCheckpoint: the newest manifest cannot be read now.
+    """
+    for step in reversed(list_steps(run)):
+        try:
+            settings = read_manifest(step_folder(run, step)).body.get("settings")
+        except DamagedCheckpoint:
+            continue  # the run tells of it when it passes over this checkpoint
+        if isinstance(settings, dict):
+            return {**settings, "data": {**settings.get("data", {}), **_data_path(run)}}
+    return None
+
+
+def _data_path(run: Path) -> dict[str, str]:
+    """{"path": data.path of config.toml}, if that can be read."""
+    try:
+        path = read_toml(run / "config.toml").get("data", {}).get("path")
+    except (ConfigError, AttributeError):  # AttributeError: `data` is no table
+        return {}
+    return {"path": path} if isinstance(path, str) else {}
