@@ -14,48 +14,46 @@ def command() -> None:
 @click.argument("run", metavar="RUN")
 def ls(run: str) -> None:
     """List the checkpoints: step, size, validation loss."""
-    from cupytron.checkpoint import Checkpoint
     from cupytron.errors import CheckpointError
+    from cupytron.run_checkpoints import by_loss
     from cupytron.run_folder import RunFolder
 
-    folder = RunFolder(run).require()
-    best = folder.best()
-    if not folder.steps():
+    seen = dict(RunFolder(run).require().survey(lambda found: found))
+    if not seen:
         click.echo("no checkpoint yet")
-    for step in folder.steps():
-        try:
-            found = Checkpoint(folder.place(step))
-        except CheckpointError as error:
-            click.echo(f"{step:>8}  damaged: {error}")
+    best = by_loss(found for found in seen.values() if not isinstance(found, CheckpointError))[:1]
+    for step, found in seen.items():
+        if isinstance(found, CheckpointError):
+            click.echo(f"{step:>8}  {_state(found)}")
             continue
         size = sum(size for size, _ in found.files.values()) / 1e6
         loss = found.about.get("val_loss")
         note = f"  validation loss {loss:.4f}" if loss is not None else ""
-        click.echo(
-            f"{step:>8}  {size:,.1f} MB{note}{'  best' if best and best.step == step else ''}"
-        )
+        click.echo(f"{step:>8}  {size:,.1f} MB{note}{'  best' if found in best else ''}")
 
 
 @command.command()
 @click.argument("run", metavar="RUN")
 def verify(run: str) -> int:
-    """Check every file of every checkpoint; exit code 1 if one is damaged."""
-    from cupytron.checkpoint import Checkpoint
+    """Check every file of every checkpoint; exit code 1 if one is damaged or cannot be read."""
     from cupytron.errors import CheckpointError
     from cupytron.run_folder import RunFolder
 
-    folder = RunFolder(run).require()
-    damaged = 0
-    if not folder.steps():
+    failed = seen = 0
+    for step, result in RunFolder(run).require().survey(lambda found: found.verify()):
+        seen += 1
+        failed += result is not None
+        click.echo(f"{step:>8}  {'whole' if result is None else _state(result)}")
+    if not seen:
         raise CheckpointError(f"{run}: no checkpoint yet")
-    for step in folder.steps():
-        try:
-            Checkpoint(folder.place(step)).verify()
-            click.echo(f"{step:>8}  whole")
-        except CheckpointError as error:
-            damaged += 1
-            click.echo(f"{step:>8}  damaged: {error}")
-    return 1 if damaged else 0
+    return 1 if failed else 0
+
+
+def _state(error: Exception) -> str:
+    """What is wrong with a checkpoint: damage is proven, an error of the system proves none."""
+    from cupytron.errors import UnreadableCheckpoint
+
+    return f"{'unreadable' if isinstance(error, UnreadableCheckpoint) else 'damaged'}: {error}"
 
 
 @command.command()
@@ -67,7 +65,8 @@ def digest(run: str, checkpoint: str, as_json: bool) -> None:
     from cupytron.run_folder import RunFolder
 
     warn = lambda text: click.echo(f"warning: {text}", err=True)  # noqa: E731
-    digests = RunFolder(run).require().find(checkpoint, warn).digest()
+    folder = RunFolder(run).require()
+    digests = folder.reading(checkpoint, warn, lambda found: found.digest())
     if as_json:
         click.echo(json.dumps(digests))
         return

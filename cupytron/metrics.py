@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, progress on the terminal, arithmetic per second and beside the peak."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cupytron.backend import CPU, Device
 from cupytron.comm import ParallelContext
@@ -162,10 +163,18 @@ def mfu_text(record: Mapping[str, Any]) -> str:
 
 
 class MetricsWriter:
-    """metrics.jsonl, an object a line; written out about once a second and before every save."""
+    """metrics.jsonl, an object a line; written out about once a second and before every save.
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    A hash of all that the file holds runs along, for the seal that a checkpoint keeps.
+
+    Args:
+        path: the file, which is appended to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab")
+        content = path.read_bytes()
+        self._bytes, self._hash = len(content), hashlib.sha256(content)
         self._flushed = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -174,13 +183,22 @@ class MetricsWriter:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite) + "\n")
+        line = (json.dumps(finite) + "\n").encode()
+        self._file.write(line)
+        self._bytes += len(line)
+        self._hash.update(line)
         if time.monotonic() - self._flushed > 1:
             self.flush()
 
     def flush(self) -> None:
         self._file.flush()
         self._flushed = time.monotonic()
+
+    def seal(self) -> dict[str, Any]:
+        """Write all of it through to the disk; returns its length in bytes and its SHA-256."""
+        self.flush()
+        os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
     def close(self) -> None:
         self._file.close()

@@ -1,13 +1,22 @@
-"""Whether a checkpoint fits the run that is to go on from it."""
+"""Going on from a checkpoint: whether it fits the run, and what has changed in the run's folder."""
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from cupytron import process
 from cupytron.checkpoint import Checkpoint
 from cupytron.config import ModelConfig, RunConfig
+from cupytron.config_io import read_toml, show_value
 from cupytron.data import Dataset
 from cupytron.errors import ConfigError
+from cupytron.history import damage
+from cupytron.metrics import MetricsWriter
+from cupytron.run_folder import RunFolder
+
+_MESH = ("tp", "pp", "dp", "zero")
 
 
 def check_model(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> None:
@@ -49,14 +58,38 @@ def check_fits(
             f"{found.folder} does not fit: optim.name: {before} there, {now} asked for; "
             "choose another --out"
         )
-    lines = []
-    if found.about["data"]["train_sha256"] != dataset.train.sha256:
-        lines.append("the data set has changed: samples will not be those of an unbroken run")
+    lines = list(_data_changed(found, dataset))
     for line in _settings_changed(found.about["settings"], config.model_dump(mode="json")):
         lines.append(f"setting changed: {line}")
     for line in process.changes(found.about["environment"], environment):
         lines.append(f"environment changed, so the last bits may differ: {line}")
     return lines
+
+
+def mesh_changed(found: Checkpoint, config: RunConfig, mesh: dict[str, int]) -> list[str]:
+    """A line if the mesh is another one than the checkpoint's, and sums are added in another order on it.
+
+    Args:
+        mesh: sizes of the axes, and `zero`, as checkpoints keep them.
+    """
+    before = found.about["mesh"]
+    # with train.deterministic the tensor axis alone changes sums
+    counts = ("tp",) if config.train.deterministic else _MESH
+    if all(before.get(key) == mesh[key] for key in counts):
+        return []
+    then, now = (" ".join(f"{k}={m.get(k)}" for k in _MESH) for m in (before, mesh))
+    return [f"the mesh has changed, so the last bits may differ: {then} before, {now} now"]
+
+
+def _data_changed(found: Checkpoint, dataset: Dataset) -> Iterator[str]:
+    before = found.about["data"]
+    if before["train_sha256"] != dataset.train.sha256:
+        yield "the data set has changed: samples will not be those of an unbroken run"
+    if before["val_sha256"] != dataset.val.sha256:
+        yield (
+            "the validation split has changed: validation losses before and from now on cannot be "
+            "compared, so the best loss so far counts no more"
+        )
 
 
 def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -68,3 +101,76 @@ def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[s
             old = before.get(section, {}).get(key)
             if old != value and key not in ("log_interval", "eval_interval", "check_replicas"):
                 yield f"{section}.{key}: {old} before, {value} now"
+
+
+def file_differs(path: Path, found: Checkpoint, config: RunConfig) -> Iterator[str]:
+    """Lines about settings in RUN/config.toml that differ from the checkpoint's, which are used.
+
+    Nothing proves that file: it may be damaged, or somebody may have edited it in the hope of an effect.
+
+    Args:
+        path: of config.toml.
+        config: the settings in use.
+    """
+    try:
+        told = read_toml(path)
+    except ConfigError as error:
+        yield f"{error}; the settings that {found.folder} seals are used, and it is written again"
+        return
+    now = config.model_dump(mode="json")
+    for section, settings in found.about["settings"].items():
+        table = told.get(section)
+        for key, sealed in settings.items():
+            says = table.get(key) if isinstance(table, dict) else None
+            used = now.get(section, {}).get(key)
+            if says == sealed or used != sealed or (section, key) == ("data", "path"):
+                continue  # the data may have moved, and are compared by their hashes
+            yield (
+                f"{path} says {section}.{key}={show_value(says)}, the checkpoint {show_value(sealed)}, "
+                f"which is used; to change it give --set {section}.{key}={show_value(says)}"
+            )
+
+
+def prepare_folder(
+    folder: RunFolder,
+    found: Checkpoint | None,
+    config: RunConfig,
+    environment: dict[str, Any],
+    dataset: Dataset,
+    warn: Callable[[str], None],
+) -> tuple[MetricsWriter, float]:
+    """Bring a run's folder in line with the state that it goes on from. For rank 0 alone.
+
+    Args:
+        found: the checkpoint that was resumed; None: the run begins.
+        warn: hears what is lost or replaced.
+
+    Returns: metrics.jsonl for writing, and the best validation loss so far.
+    """
+    step, best = -1, None
+    if found:
+        step = found.step
+        folder.note_saved(step)
+        folder.set_aside_after(step)
+        if found.about["data"]["val_sha256"] == dataset.val.sha256:
+            best = folder.best(warn)
+        for line in file_differs(folder.config, found, config):
+            warn(line)
+        if wrong := damage(folder, found):
+            warn(wrong)
+    folder.write(folder.config, config.to_toml())
+    folder.write(folder.environment, json.dumps(environment, indent=1) + "\n")
+    if dataset.tokenizer_hash:
+        content = (dataset.path / "tokenizer.json").read_text(encoding="utf-8")
+        if found and not _holds(folder.tokenizer, content):
+            warn(f"{folder.tokenizer} is not the run's tokenizer; it is written again")
+        folder.write(folder.tokenizer, content)
+    folder.keep_metrics(step)
+    return MetricsWriter(folder.metrics), best.about["val_loss"] if best else math.inf
+
+
+def _holds(path: Path, content: str) -> bool:
+    try:
+        return path.read_bytes() == content.encode()
+    except FileNotFoundError:
+        return False

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -21,9 +20,10 @@ from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
 from cupytron.parallel.drift import ReplicasDiffer
-from cupytron.resume import check_fits, check_model
+from cupytron.resume import check_fits, check_model, mesh_changed, prepare_folder
 from cupytron.run_folder import RunFolder
 from cupytron.stop import StopRequest
+from cupytron.together import together
 from cupytron.trace import Trace
 from cupytron.trainer import NotFinite, StepResult, Trainer
 
@@ -68,26 +68,16 @@ def train(
     if not str(out):
         raise ConfigError("--out is empty; give the folder that the run is to have")
     folder, world = RunFolder(out), world or SelfCommunicator()
+    mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
+    # before settings are compared: a rank that does not see the run has other settings for that reason
+    folder.compare_steps(world)
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
     own = ("parallel.threads", "parallel.blas_kernel", "parallel.malloc")  # a node's business
-    mesh_run.check_alike(
-        world,
-        own,
-        settings=config,
-        out=str(out),
-        resume=resume,
-        init=str(init_from),
-        trace=trace,
-    )
+    mesh_run.check_alike(world, own, settings=config)
     tracing = Trace(*trace) if trace else None
     context = mesh_run.open_mesh(config, world)
-    folder.check_new()
-    if folder.steps() and resume == "never":
-        raise CupytronError(
-            f"{folder.path}: holds a run at step {folder.steps()[-1]}; choose another --out, "
-            "or --resume auto to go on with it"
-        )
+    together(world, lambda: folder.check_new(resume == "auto") if world.rank == 0 else None)
     dataset = mesh_run.open_data(config.data.path, world)
     settings = resolve_run(config, dataset.vocab_size)
     # the path is kept absolute: the run may be resumed from another working folder
@@ -103,7 +93,7 @@ def train(
         with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop, run.watchdog:
             try:
                 with explained(run.config, run.trainer.model.config, context):
-                    run.start(init_from)
+                    run.start(init_from, resume == "auto")
                     return run.loop()
             except BaseException as error:
                 error.add_note(run.where())
@@ -159,8 +149,12 @@ class _Run:
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
 
-    def start(self, init_from: str | Path | None) -> None:
-        """Build or restore the state, and bring the folder in line with it."""
+    def start(self, init_from: str | Path | None, resume: bool) -> None:
+        """Build or restore the state, and bring the folder in line with it.
+
+        Args:
+            init_from, resume: as train's; False: "never".
+        """
         process.note_loaded_blas(self.environment)
         self.progress.line(process.describe(self.environment))
         exact = self.config.train.deterministic
@@ -168,33 +162,30 @@ class _Run:
             self._warn(line)
         for line in mesh_run.describe(self.config, self.context):
             self.progress.line(line)
+        self._alone(lambda: self._tidy(resume))
         found = self.folder.newest(self._warn, self.world)
-        if found is None and self.folder.steps():
+        if found is None and self.folder.agreed_steps(self.world):
             raise CheckpointError(
                 f"{self.folder.path}: none of its checkpoints is whole, so there is nothing to "
                 "resume; choose another --out"
             )
-        source = self._init_source(init_from) if init_from and found is None else None
         if found:
-            for line in check_fits(
-                found, self.config, self.trainer.model.config, self.dataset, self.environment
-            ):
+            model = self.trainer.model.config
+            lines = check_fits(found, self.config, model, self.dataset, self.environment)
+            for line in [*lines, *mesh_changed(found, self.config, self._mesh())]:
                 self._warn(line)
             if init_from:
                 self._warn("--init-from is not used: this run has begun, and is resumed")
-        elif source:
-            check_model(source, self.trainer.model.config, self.dataset)
         self.note("making the initial weights")
-        self.trainer.materialize(initial=found is None and source is None)
+        self.trainer.materialize(initial=found is None and not init_from)
         if found:
             self._restore(found)
-        elif source:
-            self.trainer.load(source, weights_only=True)
-            self.progress.line(f"weights from {source.folder}")
-        best = None
-        if self.first:
-            best = self._prepare_folder(found)
-        self.best = self.world.gather_objects(best)[0]
+        elif init_from:
+            source = RunFolder(init_from)
+            together(self.world, source.require)
+            source.reading("best or last", self._warn, self._take_weights, self.world)
+        self._alone(lambda: self._prepare_folder(found))
+        self.best = self.world.gather_objects(self.best)[0]
         model = self.trainer.model.config
         self.progress.line(
             f"{model.family}, {model.num_parameters():,} parameters; "
@@ -210,20 +201,23 @@ class _Run:
             )
             self._set_trace(None)
 
-    def _prepare_folder(self, found: Checkpoint | None) -> float:
-        """Bring the folder in line with the state; the best validation loss so far."""
-        self.folder.create()
-        self.folder.set_aside_after(self.trainer.step if found else -1)
-        best = None
-        if found and found.about["data"]["val_sha256"] == self.dataset.val.sha256:
-            best = self.folder.best(self._warn)
-        self.folder.write(self.folder.config, self.config.to_toml())
-        self.folder.write(self.folder.environment, json.dumps(self.environment, indent=1) + "\n")
-        if self.dataset.tokenizer_hash:
-            content = (self.dataset.path / "tokenizer.json").read_text(encoding="utf-8")
-            self.folder.write(self.folder.tokenizer, content)
-        self.metrics = MetricsWriter(self.folder.open_metrics(self.trainer.step if found else -1))
-        return best.about["val_loss"] if best else math.inf
+    def _alone(self, work: Callable[[], None]) -> None:
+        """Do on rank 0 what only one may do; if it fails, every rank raises the same. Collective."""
+        together(self.world, work if self.first else lambda: None)
+
+    def _tidy(self, resume: bool) -> None:
+        for line in self.folder.create():
+            self._warn(line)
+        self.folder.check_new(resume)  # again: a checkpoint may have been restored
+
+    def _prepare_folder(self, found: Checkpoint | None) -> None:
+        self.metrics, self.best = prepare_folder(
+            self.folder, found, self.config, self.environment, self.dataset, self._warn
+        )
+
+    def _mesh(self) -> dict[str, int]:
+        """The mesh as checkpoints keep it."""
+        return {**self.context.sizes, "zero": self.config.parallel.zero}
 
     def note(self, phase: str) -> None:
         """Say what comes next, for messages and the watchdog."""
@@ -242,12 +236,10 @@ class _Run:
     def _warn(self, text: str) -> None:
         self.progress.line(f"warning: {text}")
 
-    def _init_source(self, path: str | Path) -> Checkpoint:
-        folder = RunFolder(path).require()
-        source = folder.best(self._warn) or folder.newest(self._warn, self.world)
-        if source is None:
-            raise CheckpointError(f"{folder.path}: no whole checkpoint to take weights from")
-        return source
+    def _take_weights(self, source: Checkpoint) -> None:
+        check_model(source, self.trainer.model.config, self.dataset)
+        self.trainer.load(source, weights_only=True)
+        self.progress.line(f"weights from {source.folder}")
 
     def _restore(self, found: Checkpoint) -> None:
         self.note("reading the checkpoint")
@@ -482,8 +474,6 @@ class _Run:
             return
         self.note("saving")
         self._compare_replicas()
-        if self.metrics:
-            self.metrics.flush()
         self._note_kernels()
         about = {
             "step": self.trainer.step,
@@ -500,8 +490,9 @@ class _Run:
                 "train_sha256": self.dataset.train.sha256,
                 "val_sha256": self.dataset.val.sha256,
             },
-            "mesh": {**self.context.sizes, "zero": self.config.parallel.zero},
+            "mesh": self._mesh(),
             "environment": self.environment,
+            "metrics": self.metrics.seal() if self.metrics else None,  # rank 0's counts
         }
         place = self.folder.place(self.trainer.step)
         checkpoint.write(place, self.trainer.pieces(), about, self.world)
@@ -509,4 +500,5 @@ class _Run:
         if self.val_loss is not None:
             self.best = min(self.best, self.val_loss)
         if self.first:
+            self.folder.note_saved(self.trainer.step)
             self.folder.prune(self.config.checkpoint.keep)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cupytron.backend import named_dtype
+from cupytron.checkpoint import Checkpoint
 from cupytron.comm import ParallelContext
 from cupytron.config import ParallelConfig, RunConfig, load_config
 from cupytron.data import (
@@ -25,6 +26,7 @@ from cupytron.model import Transformer
 from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
 from cupytron.run_folder import RunFolder
+from cupytron.together import together
 from cupytron.trainer import evaluate, load_buckets
 from cupytron.watchdog import Note, unwatched
 
@@ -45,8 +47,11 @@ class TrainedModel:
         tokenizer: Tokenizer | None,
         step: int,
         context: ParallelContext,
+        val_sha256: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.tokenizer, self.step = config, tokenizer, step
+        self._val_sha256, self._warn = val_sha256, warn
         self.pipeline, self.context = pipeline, context
         self.model: Transformer = pipeline.model
 
@@ -154,6 +159,11 @@ class TrainedModel:
                 f"{path} was made with another tokenizer than the run's; "
                 "prepare it with --tokenizer RUN/tokenizer.json"
             )
+        if data is None and self._val_sha256 not in (None, dataset.val.sha256):
+            self._warn(
+                f"{path} is not the data set that the checkpoint of step {self.step} was trained with: its "
+                "validation split is another one, so that losses cannot be compared"
+            )
         train = self.config.train
         batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
         noted = _noted(batches, self.step, note)
@@ -218,7 +228,7 @@ def load(
     Args:
         run: folder that `cupytron train --out` made.
         checkpoint: "best" (by validation loss; the last if none was evaluated), "last", or a step.
-        warn: hears of damaged checkpoints that are passed over.
+        warn: hears of damaged checkpoints that are passed over, and of data that are not the run's.
         context: the mesh that the model is to run on; None: this process alone. All of its ranks call
             this, and then the model's methods, together.
         zero: 3 spreads the weights over the replicas, and gathers them layer by layer.
@@ -227,10 +237,28 @@ def load(
     Raises:
         CupytronError: no such run or checkpoint, or a damaged one.
     """
-    folder = RunFolder(run).require()
-    if checkpoint == "best" and folder.best() is None:
-        checkpoint = "last"
-    found = folder.find(checkpoint, warn, None if context is None else context.world)
+    if context is None:
+        RunFolder(run).require()  # before a device is opened
+        alone = ParallelConfig.model_validate({"device": device})
+        context = open_mesh(RunConfig(parallel=alone))
+    mesh = context
+    folder = together(mesh.world, RunFolder(run).require)
+
+    def load_from(found: Checkpoint) -> TrainedModel:
+        return _load_from(found, folder, warn, mesh, zero)
+
+    which = "best or last" if checkpoint == "best" else checkpoint
+    return folder.reading(which, warn, load_from, mesh.world)
+
+
+def _load_from(
+    found: Checkpoint,
+    folder: RunFolder,
+    warn: Callable[[str], None],
+    context: ParallelContext,
+    zero: int,
+) -> TrainedModel:
+    """A checkpoint's model on the mesh of `context`. Collective."""
     # the checkpoint's own record, which its hash covers, not config.toml, which anybody may have edited
     try:
         config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
@@ -241,9 +269,6 @@ def load(
         if (path := load_config(file=folder.config).data.path) is not None:
             data = config.data.model_copy(update={"path": path})
             config = config.model_copy(update={"data": data})
-    if context is None:
-        alone = ParallelConfig.model_validate({"device": device})
-        context = open_mesh(RunConfig(parallel=alone))
     if context.device.gpu:
         check_gpu(config, training=False)
     parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
@@ -254,8 +279,11 @@ def load(
     with _explained(config, context, sequences=1):
         shards.materialize(None, config.train.dtype, compute_dtype=named_dtype(compute_dtype))
         load_buckets(found, shards, ("weight",), complete=False)
-    tokenizer = _tokenizer(folder, found.about["data"]["tokenizer_hash"])
-    return TrainedModel(config, shards.pipeline, tokenizer, found.step, context)
+    data = found.about["data"]
+    tokenizer = _tokenizer(folder, data["tokenizer_hash"])
+    return TrainedModel(
+        config, shards.pipeline, tokenizer, found.step, context, data.get("val_sha256"), warn
+    )
 
 
 def _explained(

@@ -18,6 +18,7 @@ from cupytron.parallel.data import count_targets
 from cupytron.parallel.pipeline import Pipeline, Work, cut
 from cupytron.parallel.plan import build
 from cupytron.parallel.zero import Zero
+from cupytron.together import together
 
 
 class StepResult(NamedTuple):
@@ -304,14 +305,23 @@ def local_sequences(config: RunConfig, replica: int, replicas: int) -> np.ndarra
 def load_buckets(
     checkpoint: Checkpoint, zero: Zero, kinds: tuple[str, ...], complete: bool = True
 ) -> None:
-    """Read what this rank owns of weights ("weight") and optimizer state (its names).
+    """Read what this rank owns of weights ("weight") and optimizer state (its names). Collective.
 
     Args:
         complete: whether the checkpoint may hold nothing else.
 
     Raises:
-        CheckpointError: it is damaged, or its tensors are not this model's.
+        CheckpointError: it is damaged, or its tensors are not this model's; the same on every rank.
     """
+    together(zero.context.world, lambda: _read_buckets(checkpoint, zero, kinds, complete))
+    for bucket in zero.buckets:
+        bucket.refresh()
+    zero.publish()
+
+
+def _read_buckets(
+    checkpoint: Checkpoint, zero: Zero, kinds: tuple[str, ...], complete: bool
+) -> None:
     found = checkpoint.shapes()
     shapes = zero.pipeline.shapes.items()
     wanted = {f"{kind}/{name}": shape for name, shape in shapes for kind in kinds}
@@ -333,8 +343,6 @@ def load_buckets(
                 name, box = f"{kind}/{parameter.name}", box_of(parameter)
                 values = checkpoint.read(name, box, inside.start, inside.stop)
                 flat[bucket.local(place)] = zero.context.device.put(values)
-        bucket.refresh()
-    zero.publish()
 
 
 def box_of(parameter: Parameter) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from cupytron import checkpoint
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.errors import CheckpointError, UnreadableCheckpoint
 from cupytron.manifest import seal
+from cupytron.metrics import MetricsWriter
 from cupytron.run_folder import RunFolder
 
 
@@ -297,6 +298,8 @@ class TestRunFolder:
         lines = [json.dumps({"step": s, "loss": 1.0}) for s in range(5)]
         folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')
         assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3, 4]
-        with folder.open_metrics(last_step=2) as file:
-            file.write('{"step": 3}\n')
+        folder.keep_metrics(last_step=2)
+        writer = MetricsWriter(folder.metrics)
+        writer.write({"step": 3})
+        writer.close()
         assert [r["step"] for r in folder.read_metrics()] == [0, 1, 2, 3]

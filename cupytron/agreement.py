@@ -1,0 +1,103 @@
+"""Ranks compare what they see of a run's checkpoints, before they use one of them together.
+
+Network file systems keep old lists for seconds. So ranks that see different things look again for a while,
+and then all refuse with one error, which names the rank.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cupytron.comm import Communicator
+from cupytron.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    GoneCheckpoint,
+    UnreadableCheckpoint,
+)
+from cupytron.together import together
+
+# seconds between two looks of ranks that see different things: a network file system shows a change late
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
+_SHARE = "put the run's folder on a file system that all ranks share"
+
+
+class View(NamedTuple):
+    """What one rank sees, and the name of its machine."""
+
+    host: str
+    what: Any
+
+
+def agree(
+    world: Communicator,
+    look: Callable[[], Any],
+    differ: Callable[[Sequence[View]], CheckpointError | None],
+) -> list[View]:
+    """What each rank sees, once that agrees. Collective.
+
+    Args:
+        look: what this rank sees.
+        differ: the error that says how the ranks' views differ; None if they agree.
+
+    Raises:
+        CheckpointError: they do not agree after some seconds; the same on every rank.
+        OSError: a rank cannot look; the same on every rank.
+    """
+    for pause in (*PAUSES, None):
+        seen = together(world, look)
+        views = [View(*view) for view in world.gather_objects((platform.node(), seen))]
+        error = differ(views)
+        if error is None:
+            return views
+        if pause is None:
+            raise error
+        time.sleep(pause)
+    raise AssertionError
+
+
+def lists_differ(run: Path, views: Sequence[View]) -> CheckpointError | None:
+    """How the ranks' lists of steps differ; None if all see the same newest one, or all see none.
+
+    Older steps are not compared: those that are not used may have been removed, and be seen for a while.
+    """
+    newest = max((steps[-1] for _, steps in views if steps), default=None)
+    sees = [newest in steps for _, steps in views]
+    if newest is None or all(sees):
+        return None
+    rank, seer = sees.index(False), sees.index(True)
+    host, steps = views[rank]
+    what = f"its newest there is step {steps[-1]}" if steps else "it sees no checkpoint there"
+    return CheckpointError(
+        f"rank {rank} ({host}) does not see step-{newest:08d} of {run}, which rank {seer} sees: {what}; "
+        f"{_SHARE}"
+    )
+
+
+def manifests_differ(place: Path, views: Sequence[View]) -> CheckpointError | None:
+    """How the ranks' views of one checkpoint differ; None if all see the same one, or none can use it.
+
+    Each view is (None, the manifest's SHA-256), or (a kind of CheckpointError, its text).
+    """
+    kinds = [kind for _, (kind, _) in views]
+    if UnreadableCheckpoint in kinds:
+        return None  # it has been tried again already
+    if GoneCheckpoint in kinds and set(kinds) != {GoneCheckpoint}:
+        rank = kinds.index(GoneCheckpoint)
+        seer = next(i for i, kind in enumerate(kinds) if kind is not GoneCheckpoint)
+        return CheckpointError(
+            f"rank {rank} ({views[rank].host}) does not see {place}, which rank {seer} sees; {_SHARE}"
+        )
+    if DamagedCheckpoint in kinds and None in kinds:
+        rank = kinds.index(DamagedCheckpoint)
+        return DamagedCheckpoint(f"rank {rank} ({views[rank].host}): {views[rank].what[1]}")
+    _, first = views[0].what
+    for rank, (host, (kind, sha256)) in enumerate(views):
+        if kind is None and sha256 != first:
+            return CheckpointError(
+                f"rank {rank} ({host}) sees another checkpoint in {place} than rank 0 (manifest "
+                f"{sha256[:12]} there, {first[:12]} on rank 0); {_SHARE}"
+            )
+    return None

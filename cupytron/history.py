@@ -1,0 +1,67 @@
+"""Whether metrics.jsonl still holds what it held when a checkpoint was saved.
+
+A checkpoint seals the length and the SHA-256 of metrics.jsonl. What was written later belongs to steps
+that a resumed run trains again. So a half last line of a killed run lies beyond the seal, and is no damage.
+"""
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cupytron.checkpoint import Checkpoint
+from cupytron.run_checkpoints import free_name
+from cupytron.run_folder import RunFolder, records
+
+
+def damage(folder: RunFolder, found: Checkpoint) -> str | None:
+    """How metrics.jsonl differs from what a checkpoint seals of it; None if it does not.
+
+    If some of its lines cannot be read, a copy of it is kept, since a resumed run writes those away.
+    """
+    sealed = found.about.get("metrics")
+    if not isinstance(sealed, dict):
+        return None  # a version without the seal saved it
+    path = folder.metrics
+    if not path.exists():
+        return f"{path} is missing: the records of steps 1 to {found.step} are lost"
+    content = path.read_bytes()
+    covered = content[: sealed["bytes"]]
+    if len(covered) == sealed["bytes"] and hashlib.sha256(covered).hexdigest() == sealed["sha256"]:
+        return None
+    lines = list(records(covered))
+    there = {
+        record["step"]
+        for record, _ in records(content)
+        if record is not None and "loss" in record and isinstance(record.get("step"), int)
+    }
+    missing = [step for step in range(1, found.step + 1) if step not in there]
+    what = "records are not those that were written, all of them readable"
+    if missing:
+        what = f"the records of steps {ranges(missing)} are missing or cannot be read"
+    note = ""
+    if any(record is None for record, _ in lines):
+        note = f"; it is kept as {_copy(path).name}"
+    return f"{path} is damaged: {what}{note}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in order as a reader wants them: 1-3, 7, 9-12."""
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers)
+    )
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of numbers that follow each other."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], run[-1]
+
+
+def _copy(path: Path) -> Path:
+    copy = free_name(path.with_name(f"{path.stem}.damaged{path.suffix}"))
+    temporary = copy.with_name(f".{copy.name}.tmp")
+    shutil.copyfile(path, temporary)
+    return temporary.replace(copy)
