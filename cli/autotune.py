@@ -10,6 +10,7 @@ from cupytron.cli.options import (
     Settings,
     data_vocabulary,
     prepare_process,
+    set_timeout,
     settings_options,
 )
 
@@ -30,12 +31,14 @@ def command(settings: Settings, out: Path | None) -> None:
     unless they have --autotune off or --deterministic. Choices may change the last bits of results.
     """
     config = settings.load(mesh=True)
+    set_timeout(config.parallel.timeout)
     prepare_process(config)
 
+    from cupytron import progress
     from cupytron.comm import open_world
     from cupytron.errors import ConfigError
     from cupytron.kernels.candidates import allowed
-    from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.mesh_run import check_alike, watched
     from cupytron.tune import tune
 
     if not allowed(config):
@@ -45,8 +48,8 @@ def command(settings: Settings, out: Path | None) -> None:
     vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config)
-    with watchdog(world, config.parallel.timeout) as dog:
-        tuner = tune(config, vocab_size, world, dog.note)
+    with watched(world, config.parallel.timeout):
+        tuner = tune(config, vocab_size, world, progress.note)
     if world.rank:
         return
     for line in _page(tuner):

@@ -8,6 +8,7 @@ from cupytron.cli.options import (
     Settings,
     data_vocabulary,
     prepare_process,
+    set_timeout,
     settings_options,
 )
 
@@ -28,18 +29,20 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
     Under mpirun all ranks form the mesh that the settings say.
     """
     config = settings.load(mesh=True)
+    set_timeout(config.parallel.timeout)
     environment = prepare_process(config)
 
+    from cupytron import progress
     from cupytron.bench import measure
     from cupytron.comm import open_world
-    from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.mesh_run import check_alike, watched
     from cupytron.metrics import mfu_text
 
     vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config, steps=steps, peak=peak_tflops)
-    with watchdog(world, config.parallel.timeout) as dog:
-        result = measure(config, steps, environment, vocab_size, world, dog.note, peak_tflops)
+    with watched(world, config.parallel.timeout):
+        result = measure(config, steps, environment, vocab_size, world, progress.note, peak_tflops)
     if world.rank:
         return
     if as_json:

@@ -4,14 +4,17 @@ Commands are imported when they are called, so that `cupytron --help` stays fast
 NumPy nor MPI.
 """
 
+import atexit
+import contextlib
 import importlib
 import io
+import itertools
 import sys
 import traceback
 
 import click
 
-from cupytron.launcher import launched_tasks
+from cupytron.launcher import end_mpi, launched_rank, launched_tasks
 
 # name: (module in cupytron.cli, the line that --help shows)
 COMMANDS = {
@@ -133,14 +136,36 @@ def _run(arguments: list[str]) -> int:
 
 
 def _run_rank(arguments: list[str]) -> int:
+    from cupytron import progress, watchdog
+
+    dog = watchdog.start(_early_timeout(arguments), launched_rank(), launched_tasks())
+    # what is registered first runs last
+    atexit.register(dog.stop)
+    atexit.register(end_mpi, dog.part)
     noted: set[str] = set()
     try:
-        return _call(arguments, noted)
+        code = _call(arguments, noted)
+        progress.phase("at the end")
+        return code
     except BaseException as error:
         from cupytron.failing import end_job
 
+        dog.quiet = True
         show = "debug" in noted or not _is_for_users(error)
         end_job(error, _message(error), _exit_code(error), show)
+
+
+def _early_timeout(arguments: list[str]) -> float:
+    """The timeout that the arguments name, before a command has read them; it will correct this one."""
+    from cupytron.watchdog import DEFAULT_TIMEOUT
+
+    found = DEFAULT_TIMEOUT
+    words = [part for word in arguments for part in word.split("=")]
+    for name, value in itertools.pairwise(words):
+        if name in ("--timeout", "parallel.timeout"):
+            with contextlib.suppress(ValueError):
+                found = max(0.0, float(value))
+    return found
 
 
 def _is_for_users(error: BaseException) -> bool:

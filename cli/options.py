@@ -13,8 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from cupytron.config import ParallelConfig, RunConfig
+    from cupytron.progress import Note
     from cupytron.trained import TrainedModel
-    from cupytron.watchdog import Note
 
 # (names, the key that they set, help); the names are those that users of other systems know.
 # Values stay text here, so that `load_config` tells all errors at once and in one way.
@@ -174,14 +174,26 @@ checkpoint_option = click.option(
 )
 
 
+def set_timeout(seconds: float) -> None:
+    """Tell this process's watchdog, if a launcher started others beside it, the timeout of the settings."""
+    from cupytron import watchdog
+
+    if (dog := watchdog.here()) is not None:
+        dog.timeout = seconds
+
+
 def prepare_process(config: "RunConfig") -> dict[str, Any]:
     """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
+    from cupytron import progress
     from cupytron.process import prepare
 
+    progress.phase("preparing the process")
     parallel = config.parallel
-    return prepare(
+    record = prepare(
         parallel.threads, parallel.blas_kernel, parallel.malloc, config.train.deterministic
     )
+    progress.phase("loading the library")
+    return record
 
 
 def data_vocabulary(config: "RunConfig") -> int | None:
@@ -261,14 +273,15 @@ def trained_model(
         run, checkpoint, tp, pp, zero, device, timeout: the command's options.
         choices: its others, in which the ranks must agree, too.
 
-    Yields: the model, the watchdog's note, and whether this rank is the one that speaks.
+    Yields: the model, progress.note, and whether this rank is the one that speaks.
     """
+    set_timeout(timeout)
     prepare_for_run(run)
 
-    from cupytron import load
+    from cupytron import load, progress
     from cupytron.comm import open_world
     from cupytron.config import ParallelConfig, RunConfig
-    from cupytron.mesh_run import check_alike, open_mesh, watchdog
+    from cupytron.mesh_run import check_alike, open_mesh, watched
 
     world = open_world()
     first = world.rank == 0
@@ -278,10 +291,10 @@ def trained_model(
         if first:
             click.echo(f"warning: {text}", err=True)
 
-    with watchdog(world, timeout) as dog:
+    with watched(world, timeout):
         mesh = ParallelConfig.model_validate({"tp": tp, "pp": pp, "device": device})
         context = open_mesh(RunConfig(parallel=mesh), world)
-        yield load(run, checkpoint, warn, context, zero), dog.note, first
+        yield load(run, checkpoint, warn, context, zero), progress.note, first
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:

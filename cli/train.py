@@ -2,7 +2,7 @@
 
 import click
 
-from cupytron.cli.options import Settings, prepare_process, settings_options
+from cupytron.cli.options import Settings, prepare_process, set_timeout, settings_options
 
 
 @click.command()
@@ -39,6 +39,7 @@ def command(
 
     steps = parse_range(trace) if trace is not None else None
     config = settings.load(run=out, mesh=True)
+    set_timeout(config.parallel.timeout)
     environment = prepare_process(config)
 
     from cupytron.comm import open_world

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cupytron.cli.options import Settings, parse_settings, prepare_process, settings_options
+from cupytron.cli.options import (
+    Settings,
+    parse_settings,
+    prepare_process,
+    set_timeout,
+    settings_options,
+)
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
@@ -40,19 +46,20 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     if sweep:
         cases = [(line, parse_settings(line, settings)) for line in _lines(Path(sweep))]
     configs = [(name, _config(case, name if sweep else None)) for name, case in cases]
+    set_timeout(configs[0][1].parallel.timeout)
     prepare_process(configs[0][1])
 
-    from cupytron import verify
+    from cupytron import progress, verify
     from cupytron.comm import open_world
-    from cupytron.mesh_run import check_alike, watchdog
+    from cupytron.mesh_run import check_alike, watched
 
     world = open_world()
     check_alike(world, steps=steps, cases=[str(config) for _, config in configs])
     failed = 0
     found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
-        with watchdog(world, config.parallel.timeout) as dog:
-            report = verify.run(config, steps, world, found, dog.note)
+        with watched(world, config.parallel.timeout):
+            report = verify.run(config, steps, world, found, progress.note)
         failed += not report.ok
         if world.rank == 0:
             if as_json:

@@ -13,8 +13,8 @@ from cupytron.memory import explained
 from cupytron.mesh_run import open_mesh
 from cupytron.metrics import both_flops, gflops, mfu, peak_memory_bytes, total_peak
 from cupytron.process import note_loaded_blas
+from cupytron.progress import Note, unwatched
 from cupytron.trainer import Trainer
-from cupytron.watchdog import Note, unwatched
 
 WARMUP = 3  # steps that are not counted: first allocations, page faults
 # kernels are chosen in the first step, graphs are recorded in the fourth at the latest

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
+from cupytron import progress
 from cupytron.checkpoint_format import MAX_HEADER, Listed, header_of, listed, parse_header
 from cupytron.errors import (
     CheckpointError,
@@ -84,6 +85,7 @@ class CheckpointFiles:
                 block = view[at : at + _BLOCK]
                 if file.readinto(block) != len(block):
                     raise self.damaged(f"{entry.name} ends too early: it has been cut")
+                progress.beat()
 
         self._with_file(entry, fill)
 
@@ -171,6 +173,7 @@ class CheckpointFiles:
         while left and (block := file.read(min(left, _BLOCK))):
             digest.update(block)
             left -= len(block)
+            progress.beat()
         if digest.hexdigest() != entry.sha256:
             raise self.damaged(f"{entry.name} is damaged: it does not match its SHA-256")
         return head

@@ -7,13 +7,14 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupytron import progress
+from cupytron.durable import sync
 from cupytron.errors import CheckpointError
 
 FORMAT = 2
@@ -232,8 +233,8 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
         for block in itertools.chain([head], _blocks(pieces)):
             digest.update(block)
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+            progress.beat()
+        sync(file)
         size = file.tell()
     return {
         "bytes": size,

@@ -7,6 +7,9 @@ import ctypes
 import errno
 import os
 from pathlib import Path
+from typing import IO, Any
+
+from cupytron import progress
 
 _AT_FDCWD = -100  # a path that is not absolute begins at the working directory
 _RENAME_EXCHANGE = 2
@@ -19,7 +22,13 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a file through to the disk."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
+        sync(file)
+
+
+def sync(file: IO[Any]) -> None:
+    """Write what an open file has been given through to the disk."""
+    file.flush()
+    with progress.patiently(f"in the fsync of {file.name}"):
         os.fsync(file.fileno())
 
 
@@ -31,7 +40,8 @@ def synced(path: Path) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with progress.patiently(f"in the fsync of {path}"):
+            os.fsync(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

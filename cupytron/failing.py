@@ -13,22 +13,30 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from cupytron import progress
 from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
 
 PATIENCE = 5  # seconds that MPI has to end the job, before this process at least ends
+START = 30  # as many where the other ranks may still be loading what they need before they begin with MPI
 _HEARD = 0.3  # seconds for the launcher to pass on what was said: it drops what comes with the end
 _FIRST = 0.7  # seconds that rank 0 has to be the one that speaks, if all ranks fail alike
 
 
-def abort(code: int) -> NoReturn:
-    """End the whole job now, with this exit code."""
+def abort(code: int, patience: int = PATIENCE) -> NoReturn:
+    """End the whole job now, with this exit code.
+
+    Args:
+        patience: seconds that this process waits for MPI to do so.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     if launched_tasks() > 1:
         time.sleep(_HEARD)
-        with contextlib.suppress(BaseException):
-            _join_mpi().COMM_WORLD.Abort(code)
+        # while MPI begins or ends it takes no calls, and a process that ends there ends the job
+        if progress.waits_for() not in progress.MPI_ITSELF:
+            with contextlib.suppress(BaseException):
+                _join_mpi(patience).COMM_WORLD.Abort(code)
     os._exit(code)
 
 
@@ -44,7 +52,7 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         # all ranks may have met the same error: the first ends the job, and is the only one that speaks;
         # it can do so only once all have begun with MPI
         with contextlib.suppress(BaseException):
-            _join_mpi()
+            _join_mpi(START)
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(_FIRST + min(3.0, 0.4 * rank))
     notes = "; ".join(dict.fromkeys(_notes(error)))
@@ -54,16 +62,16 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
     with contextlib.suppress(Exception):
         # one write: launchers mix the lines of ranks
         sys.stderr.write(text)
-    abort(code)
+    abort(code, START)
 
 
-def _join_mpi() -> Any:
+def _join_mpi(patience: int) -> Any:
     """Begin with MPI, if it is not begun: for one that leaves before, a launcher does not end the others,
     which wait for it there."""
     with contextlib.suppress(AttributeError):
         # they may never begin with MPI, or another thread may be inside it with a lock that Abort wants;
         # every launcher sees a process that a signal has ended
-        signal.alarm(PATIENCE)
+        signal.alarm(patience)
     return begin_mpi()
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupytron import progress
 from cupytron.config import RunConfig
 from cupytron.graph import Graph
 from cupytron.kernels import optimizer as update
@@ -64,6 +65,7 @@ class GPUStep:
         alone = self.context.world.size == 1 and not zero.deterministic
         self._update_graph = Graph(self.device) if config.parallel.graphs and alone else None
         self._static: Any = None  # the recorded micro-step's tokens
+        self._marks: list[Any] = []  # events after the micro-batches of the step under way
 
     def _records_micro_steps(self) -> bool:
         # a micro-step is recorded where it talks to nobody: reductions follow the last one
@@ -87,12 +89,14 @@ class GPUStep:
             out=self._scale,
         )
         update.begin(self.control)
+        self._marks = []
         recorded = self._micro_graph is not None and zero.pipeline.trace is None
         zero.begin_step(len(work), held=recorded)
         if recorded:
             for number, (batch, row) in enumerate(rows):
                 with self.device.range(f"micro-batch {number}"):
                     self._replay(batch, row)
+                self._marks.append(self._event())
         else:
             self._micro_step([self._on_device(*one) for one in rows])
         zero.finish_gradients()
@@ -226,19 +230,25 @@ class GPUStep:
 
     # what the host hears
 
+    def _event(self) -> Any:
+        done = self.device.xp.cuda.Event(disable_timing=True)
+        done.record()
+        return done
+
     def _tell(self) -> Callable[[], Numbers]:
         """Copy the control block to the host, behind the step's work."""
         import cupyx
 
         host = cupyx.empty_pinned(len(self.control), np.float64)
         self.control.get(out=host, blocking=False)
-        done = self.device.xp.cuda.Event(disable_timing=True)
-        done.record()
-
+        marks, self._marks = [*self._marks, self._event()], []
         slot = self._ring[(self._started - 1) % _SLOTS]
 
         def wait() -> Numbers:
-            done.synchronize()
+            # the GPU may be slow, or wait for others': each micro-batch that is done is progress
+            for done in marks:
+                with progress.waiting("the GPU's work"):
+                    done.synchronize()
             slot.busy = False
             return Numbers(
                 float(host[Control.LOSS]),

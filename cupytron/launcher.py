@@ -1,11 +1,14 @@
 """What a launcher's environment variables say of this process, and the begin of MPI under one."""
 
+import ctypes
 import os
 import re
-import warnings
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cupytron import progress
 from cupytron.errors import CupytronError
 
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
@@ -111,9 +114,8 @@ def begin_mpi() -> Any:
     # its launchers leave marks; on anybody else's, beginning with MPI may end the process
     belongs = ours if under_open_mpi() else not ours or not _said("PMI_SIZE")
     if belongs and not MPI.Is_initialized():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            MPI.Init_thread()
+        with progress.waiting("MPI_Init"):
+            _init(MPI)
     known = MPI.COMM_WORLD.size if MPI.Is_initialized() else 1
     if known != tasks:
         raise CupytronError(
@@ -122,3 +124,32 @@ def begin_mpi() -> Any:
             "mpirun, or name the launcher's library in MPI4PY_LIBMPI"
         )
     return MPI
+
+
+def end_mpi(all_here: Callable[[], None]) -> None:
+    """Wait for all ranks, and end MPI, if it has begun: the watchdog sees what mpi4py's own end hides.
+
+    mpi4py ends MPI after Python is gone, and with it the watchdog's thread.
+
+    Args:
+        all_here: called once all ranks are at this place.
+    """
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
+        return
+    with progress.waiting("MPI_Finalize"):
+        MPI.COMM_WORLD.Barrier()
+        all_here()
+        ctypes.CDLL(MPI.__file__).MPI_Finalize()
+
+
+def _init(MPI: Any) -> None:
+    """Begin with MPI, as mpi4py's Init_thread() does.
+
+    That one holds Python's lock all the time: the watchdog's thread could not see that this rank waits
+    there for another one.
+    """
+    given = ctypes.c_int()
+    ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(given))
+    for communicator in (MPI.COMM_SELF, MPI.COMM_WORLD):
+        communicator.Set_errhandler(MPI.ERRORS_RETURN)  # errors become exceptions

@@ -1,9 +1,11 @@
 """What a run of several ranks needs besides training: one data set for all, lines about the mesh."""
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cupytron import progress, watchdog
 from cupytron.backend import CPU, Device
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig
@@ -15,7 +17,6 @@ from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
 from cupytron.parallel import checker, schedules
 from cupytron.together import alike
 from cupytron.versions import host
-from cupytron.watchdog import Watchdog
 
 LARGEST_HEAD = 256  # features, of kernels/attention.cu and of cuDNN
 MOST_SHOWN = 16  # ranks whose GPU is named at the start
@@ -30,6 +31,7 @@ def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
         DataError: it is missing or damaged, or the ranks see different ones; the same on every rank.
     """
     world = world or SelfCommunicator()
+    progress.phase("opening the data set")
     hashes_it = alike(world, (host(), _copy(Path(path))))[0] == world.rank
     opened: Dataset | None = None
     try:
@@ -132,6 +134,7 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
         CupytronError: the mesh does not fit the ranks, or a device that was asked for cannot be used.
     """
     parallel, world = config.parallel, world or SelfCommunicator()
+    progress.phase("opening the device and the mesh")
     device = open_device(parallel.device, config)
     if device.gpu:
         check_gpu(config)
@@ -150,6 +153,7 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
     context = ParallelContext(
         tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, world=world, device=device
     )
+    progress.follow(context)
     if device.gpu:
         context.connect()
     context.tuner = candidates.start(config, context.world, device)
@@ -179,15 +183,13 @@ def check_gpu(config: RunConfig, training: bool = True) -> None:
         raise ConfigError("\n".join(lines))
 
 
-def watchdog(world: Communicator, timeout: float, mesh: ParallelContext | None = None) -> Watchdog:
-    """A watchdog for this rank, if there are others.
+def watched(world: Communicator, timeout: float) -> AbstractContextManager[None]:
+    """Watch this rank while this lasts, if it is a process beside others. Collective over `world`.
 
     Args:
         timeout: seconds without progress; 0: never.
-        mesh: whose groups the rank may wait in; None: the world's collectives alone.
     """
-    groups = mesh or world
-    return Watchdog(timeout if world.size > 1 else 0, world.rank, lambda: groups.operation or "")
+    return watchdog.watching(timeout, world) if launched_tasks() > 1 else nullcontext()
 
 
 def absolute(path: Path) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from cupytron import backend
+from cupytron import backend, progress
 from cupytron.config import OptimConfig, RunConfig
 from cupytron.parallel.buffer import Bucket
 
@@ -118,6 +118,7 @@ def apply(
         ):
             _apply_range(optimizer, bucket, part, lr, step, scale, decay)
         bucket.refresh()
+        progress.beat()
 
 
 def _apply_range(

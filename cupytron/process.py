@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cupytron import progress
 from cupytron.launcher import local_ranks
 
 # Measured in a child process: the time of a few float32 products, the best of several.
@@ -228,7 +229,9 @@ def _locked(path: Path) -> Iterator[None]:
             import fcntl
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+            file = stack.enter_context(path.open("w"))
+            with progress.waiting(f"the lock of {path}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -237,13 +240,14 @@ def _seconds(kernel: str | None) -> float | None:
     if kernel:
         environment["OPENBLAS_CORETYPE"] = kernel
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURE],
-            env=environment,
-            capture_output=True,
-            timeout=20,
-            check=True,
-        )
+        with progress.patiently("measuring a BLAS kernel"):
+            done = subprocess.run(
+                [sys.executable, "-c", _MEASURE],
+                env=environment,
+                capture_output=True,
+                timeout=20,
+                check=True,
+            )
         return float(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None

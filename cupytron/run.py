@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import checkpoint, mesh_run, process
+from cupytron import checkpoint, mesh_run, process, progress
 from cupytron.checkpoint import Checkpoint
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
@@ -68,7 +68,24 @@ def train(
     if not str(out):
         raise ConfigError("--out is empty; give the folder that the run is to have")
     folder, world = RunFolder(out), world or SelfCommunicator()
-    mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
+    with mesh_run.watched(world, config.parallel.timeout):
+        return _train(config, folder, environment, resume, init_from, quiet, world, trace)
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    environment: dict[str, Any],
+    resume: str,
+    init_from: str | Path | None,
+    quiet: bool,
+    world: Communicator,
+    trace: tuple[int, int] | None,
+) -> Outcome:
+    """As train, with all its arguments given."""
+    mesh_run.check_alike(
+        world, out=str(folder.path), resume=resume, init=str(init_from), trace=trace
+    )
     # before settings are compared: a rank that does not see the run has other settings for that reason
     folder.compare_steps(world)
     if config.data.path is None:
@@ -83,14 +100,14 @@ def train(
     # the path is kept absolute: the run may be resumed from another working folder
     data = settings.data.model_copy(update={"path": mesh_run.absolute(dataset.path)})
     settings = settings.model_copy(update={"data": data})
-    progress = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
+    shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
-        run = _Run(settings, folder, dataset, environment, progress, context, tracing)
+        run = _Run(settings, folder, dataset, environment, shown, context, tracing)
         if world.rank == 0:
             # not before the settings have proved good
             folder.path.mkdir(parents=True, exist_ok=True)
         world.barrier()
-        with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop, run.watchdog:
+        with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop:
             try:
                 with explained(run.config, run.trainer.model.config, context):
                     run.start(init_from, resume == "auto")
@@ -103,7 +120,7 @@ def train(
             raise
         raise CupytronError(f"{folder.path}: {error.strerror or error}; make room there") from error
     finally:
-        progress.close()
+        shown.close()
 
 
 class _Started(NamedTuple):
@@ -122,12 +139,12 @@ class _Run:
         folder: RunFolder,
         dataset: Dataset,
         environment: dict[str, Any],
-        progress: Progress,
+        shown: Progress,
         context: ParallelContext,
         trace: Trace | None = None,
     ) -> None:
         self.config, self.folder, self.dataset = config, folder, dataset
-        self.environment, self.progress = environment, progress
+        self.environment, self.progress = environment, shown
         self.context, self.world = context, context.world
         self.environment.update(context.device.versions())
         self._note_kernels()
@@ -144,7 +161,6 @@ class _Run:
         self.val_loss: float | None = None  # of the current step, if it was evaluated
         self.stop = StopRequest()
         self.phase = "at the start"
-        self.watchdog = mesh_run.watchdog(self.world, config.parallel.timeout, context)
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
@@ -184,6 +200,7 @@ class _Run:
             source = RunFolder(init_from)
             together(self.world, source.require)
             source.reading("best or last", self._warn, self._take_weights, self.world)
+        self.note("preparing the run's folder")
         self._alone(lambda: self._prepare_folder(found))
         self.best = self.world.gather_objects(self.best)[0]
         model = self.trainer.model.config
@@ -222,7 +239,7 @@ class _Run:
     def note(self, phase: str) -> None:
         """Say what comes next, for messages and the watchdog."""
         self.phase = phase
-        self.watchdog.note(self.trainer.step, phase)
+        progress.note(self.trainer.step, phase)
 
     def where(self) -> str:
         """Step and phase, for messages."""
@@ -501,4 +518,5 @@ class _Run:
             self.best = min(self.best, self.val_loss)
         if self.first:
             self.folder.note_saved(self.trainer.step)
+            self.note("removing old checkpoints")
             self.folder.prune(self.config.checkpoint.keep)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cupytron import checkpoint, sealed
-from cupytron.checkpoint_format import sync_folder
+from cupytron.durable import sync, sync_folder
 from cupytron.errors import CupytronError
 from cupytron.run_checkpoints import RunCheckpoints
 
@@ -101,8 +101,7 @@ class RunFolder(RunCheckpoints):
         temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         temporary.replace(path)
         sync_folder(path.parent)
 

@@ -25,10 +25,10 @@ from cupytron.mesh_run import check_gpu, open_data, open_mesh
 from cupytron.model import Transformer
 from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
+from cupytron.progress import Note, unwatched
 from cupytron.run_folder import RunFolder
 from cupytron.together import together
 from cupytron.trainer import evaluate, load_buckets
-from cupytron.watchdog import Note, unwatched
 
 
 class TrainedModel:

@@ -7,8 +7,8 @@ from cupytron.config import RunConfig
 from cupytron.kernels import candidates
 from cupytron.kernels.autotune import RuntimeAutoTuner
 from cupytron.mesh_run import open_mesh
+from cupytron.progress import Note, unwatched
 from cupytron.trainer import Trainer
-from cupytron.watchdog import Note, unwatched
 
 
 def tune(

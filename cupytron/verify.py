@@ -22,8 +22,8 @@ from cupytron.mesh_run import open_mesh
 from cupytron.ops import philox
 from cupytron.parallel import drift
 from cupytron.parallel.pipeline import cut
+from cupytron.progress import Note, unwatched
 from cupytron.trainer import Trainer
-from cupytron.watchdog import Note, unwatched
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-3}
 GRADIENT_TOLERANCE = 1e-6  # of the one process, against finite differences

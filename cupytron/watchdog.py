@@ -1,81 +1,202 @@
-"""A thread that ends the job when a rank makes no progress: a rank that hangs says nothing by itself."""
+"""A thread that ends the job when a rank is stuck: a rank that hangs says nothing by itself.
+
+A rank is stuck if it waits for nobody and does no piece of work (`progress.beat`) for the timeout, or if
+its process gives no sign of life (signs.py). A rank that waits for others is not stuck: they may be at
+work, however slowly. If all ranks wait, and none has done anything for the timeout, they wait for each
+other.
+See docs/decisions/0012-watchdog.md.
+"""
 
 import contextlib
 import faulthandler
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
+from cupytron import progress
 from cupytron.failing import abort
+from cupytron.signs import Address, Sign, Signs
 
 STUCK = 66  # exit code: no progress for too long
+DEFAULT_TIMEOUT = 600.0  # seconds, until the settings are known
+PATIENCE = 10  # timeouts that a call gets which tells nothing meanwhile, such as an fsync
 _LATER = 1.0  # seconds that a rank which waits for others leaves them to speak first
+_SKEW = 4.0  # more of them where MPI begins and ends: ranks may come to it at different times
 
 
-Note = Callable[[int, str], None]  # Watchdog.note: (step, what comes next)
+class _Other:
+    """What is known of another rank, counted in seconds of this process's ticks."""
 
+    def __init__(self, sign: Sign) -> None:
+        self.sign = sign
+        self.idle = 0.0  # without a beat
+        self.silent = 0.0  # without a sign
 
-def unwatched(step: int, phase: str) -> None:
-    """A Note where nobody watches."""
+    def hear(self, sign: Sign) -> None:
+        self.silent = 0.0
+        if sign.beats != self.sign.beats:
+            self.idle = 0.0
+        self.sign = sign
+
+    def __str__(self) -> str:
+        return f"rank {self.sign.rank} on {self.sign.host} ({self.sign.where})"
 
 
 class Watchdog:
-    """Ends the job with exit code 66 if `note` was not called for some time; a context manager.
+    """Ends the job with exit code 66 if a rank is stuck.
 
     Args:
-        timeout: seconds without progress; None or 0: never.
-        rank: of this process.
-        describe: what the rank waits for just now, such as "all_reduce on dp", or "" if for nobody.
+        timeout: seconds without progress; 0: never. It may be changed while the watchdog is at work.
+        rank, size: of this process, and how many there are.
     """
 
-    def __init__(self, timeout: float | None, rank: int, describe: Callable[[], str]) -> None:
-        self.timeout = timeout or 0.0
-        self.rank, self._describe = rank, describe
-        self._noted: tuple[int, str] = (0, "at the start")
-        self._ticks = 0
+    def __init__(self, timeout: float, rank: int, size: int) -> None:
+        self.timeout, self.rank, self.size = timeout, rank, size
+        self.signs: Signs | None = None
+        self.quiet = False  # this rank ends the job itself: it is given the time
+        self._others: dict[int, _Other] = {}
+        self._beats, self._idle = -1, 0.0
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        # a daemon: it must not keep a process that ends
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def note(self, step: int, phase: str) -> None:
-        """Say that the rank makes progress: the last step that is done, and what comes next."""
-        self._noted = (step, phase)
-        self._ticks = 0
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
 
-    def __enter__(self) -> "Watchdog":
-        if self.timeout > 0:
-            self._ticks = 0
-            self._over.clear()
-            # a daemon: it must not keep a process that ends
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Watch no more."""
         self._over.set()
-        if self._thread is not None:
-            self._thread.join()
+
+    def look(self, tick: float, came: list[Sign]) -> str | None:
+        """What is known after another `tick` seconds, in which these signs came: who is stuck, or None.
+
+        Ticks are counted, and no clock is read. So time in which this process was stopped, in a debugger or
+        by its scheduler, is not held against anybody.
+        """
+        beats = progress.beats()
+        self._idle = self._idle + tick if beats == self._beats else 0.0
+        self._beats = beats
+        for other in self._others.values():
+            other.idle, other.silent = other.idle + tick, other.silent + tick
+        for sign in came:
+            self._others.setdefault(sign.rank, _Other(sign)).hear(sign)
+        return self._stuck() if self.timeout and not self.quiet else None
+
+    def _stuck(self) -> str | None:
+        waits_for, me = progress.waits_for(), f"({progress.where()})"
+        # all ranks may find the same: the first of them ends the job, and is the only one that speaks
+        patience = min(4.0, _LATER + 0.4 * self.rank)
+        if not waits_for:
+            limit = self.timeout * (PATIENCE if progress.slow() else 1)
+            if self._idle >= limit:
+                return f"no progress for {limit:g} seconds {me}"
+        limit = self.timeout + (patience if self.rank else 0.0)
+        for other in self._others.values():
+            if other.silent >= limit:
+                return (
+                    f"no progress for {self.timeout:g} seconds {me}: no sign of life from {other}; it is "
+                    "stopped, or cannot be reached"
+                )
+        if not waits_for:
+            return None
+        everybody = self.size - 1 if self.rank == 0 else 1
+        if len(self._others) < everybody:
+            # nothing is known of some: they may be stopped
+            skew = _SKEW if waits_for in progress.MPI_ITSELF else 0.0
+            limit, found = self.timeout + patience + skew, ""
+        elif self.rank == 0:
+            if not all(o.sign.waits_for and o.idle >= self.timeout for o in self._others.values()):
+                return None
+            limit, found = (
+                self.timeout,
+                f": all ranks wait: {', '.join(map(str, self._others.values()))}",
+            )
+        else:
+            return None  # rank 0 is there, and knows more
+        return (
+            f"no progress for {self.timeout:g} seconds {me}{found}" if self._idle >= limit else None
+        )
 
     def _watch(self) -> None:
-        # ticks, not a clock: time in which this process was stopped, in a debugger or by its scheduler,
-        # is not held against it
-        tick = min(1.0, self.timeout / 8)
-        while not self._over.wait(tick):
-            self._ticks += 1
-            late = self._ticks * tick - self.timeout
-            waits_for = self._describe()
-            # the one that waits for nobody is the one to hear; failing that, the first of the others
-            patience = min(4.0, _LATER + 0.4 * self.rank) if waits_for else 0.0
-            if late >= patience:
-                self._bite(waits_for)
+        host = socket.gethostname()
+        while not self._over.is_set():
+            tick = min(1.0, self.timeout / 8) if self.timeout else 1.0
+            signs, came = self.signs, []
+            if signs is None:
+                self._over.wait(tick)
+            else:
+                place = progress.waits_for(), progress.where()
+                mine = Sign(self.rank, host, progress.beats(), *place)
+                try:
+                    came = signs.exchange(mine, tick)
+                except (OSError, ValueError):  # it has been closed meanwhile
+                    self._over.wait(tick)
+            if not self._over.is_set() and (stuck := self.look(tick, came)):
+                self._bite(stuck)
 
-    def _bite(self, waits_for: str) -> None:
-        step, phase = self._noted
-        waiting = f", waiting in {waits_for}" if waits_for else ""
+    def _bite(self, stuck: str) -> None:
         with contextlib.suppress(Exception):
             sys.stderr.write(
-                f"error: rank {self.rank}: no progress for {self.timeout:g} seconds "
-                f"(after step {step}, {phase}{waiting}); the stacks of its threads follow\n"
+                f"error: rank {self.rank}: {stuck}; if it was only slow, give a longer --timeout "
+                f"(parallel.timeout={self.timeout:g}); the stacks of this rank's threads follow\n"
             )
             sys.stderr.flush()
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         abort(STUCK)
+
+    def meet(self, world: Any) -> None:
+        """Begin to exchange signs of life with the other ranks. Collective."""
+        progress.follow(world)
+        signs = Signs(self.rank)
+        first = world.gather_objects(tuple(signs.address()))[0]
+        signs.meet(Address(*first))
+        self.signs = signs
+
+    def part(self) -> None:
+        """The others are about to end, too: their silence means nothing any more."""
+        signs, self.signs = self.signs, None
+        if signs is not None:
+            signs.close()
+        self._others.clear()
+
+
+_dog: Watchdog | None = None  # of this process
+
+
+def start(timeout: float, rank: int, size: int) -> Watchdog:
+    """Watch this process from now on, which a launcher has started; a timeout of 0 may change later."""
+    global _dog
+    _dog = Watchdog(timeout, rank, size)
+    progress.count_files()
+    _dog.start()
+    return _dog
+
+
+def here() -> Watchdog | None:
+    """This process's watchdog, if it has one."""
+    return _dog
+
+
+@contextlib.contextmanager
+def watching(timeout: float, world: Any) -> Iterator[None]:
+    """Watch this rank with the others of a job, with this timeout from now on. Collective over `world`.
+
+    The command line has a watchdog from its first moment on, which goes on afterwards; a script has one
+    while this lasts.
+    """
+    global _dog
+    found = _dog
+    dog = found or start(timeout, world.rank, world.size)
+    dog.timeout = timeout
+    if dog.signs is None:
+        dog.meet(world)
+    try:
+        yield
+    finally:
+        if found is None:
+            dog.stop()
+            dog.part()
+            _dog = None

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import progress
+
 from .errors import DataError
 from .tokenizers import (
     MAX_FILE_BYTES,
@@ -106,6 +108,7 @@ class Split:
             position += block.size
             if verify:
                 digest.update(block.data)
+            progress.beat()
         if verify and (found := digest.hexdigest()) != self.sha256:
             raise DataError(
                 f"{file.path}: its SHA-256 is {found[:16]}..., but {self.name}.json has "

@@ -1,7 +1,6 @@
 """From sources and a tokenizer to the files of a prepared folder, in blocks."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
+
+from cupytron.durable import sync
 
 from .dataset import FORMAT, Sidecar, read_blocks
 from .encoder import Encoder
@@ -138,8 +139,7 @@ def _move_tail(path: Path, tail_path: Path, size: int) -> None:
         shutil.copyfileobj(file, tail, BLOCK_BYTES)
         file.truncate(size)
         for each in (file, tail):
-            each.flush()
-            os.fsync(each.fileno())
+            sync(each)
 
 
 def _count(path: Path, dtype: str, lengths: np.ndarray | None) -> tuple[int, int | None, str]:

@@ -3,7 +3,8 @@
 python tests/failing_job.py KIND PHASE RANK FILE train --data ...
 
 The rank writes the time to FILE, and then fails in the way of KIND: before the first step, in the third
-one, or while it writes a checkpoint.
+one, or while it writes a checkpoint. PHASE may also be one of phases.py, such as "at:materialize". With
+"slow:NAP:LONG" as KIND and a kind of slowness as PHASE the rank is slow there, but does not fail.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import click
+import phases
 
 from cupytron.cli.main import run
 from cupytron.launcher import launched_rank
@@ -66,6 +68,11 @@ def main() -> None:
         if launched_rank() == int(rank):
             arguments.append("--no-such-option")
             Path(file).write_text(str(time.time()))
+    elif launched_rank() == int(rank) and kind.startswith("slow:"):
+        nap, long = map(float, kind.split(":")[1:])
+        phases.slow_down(phase, Path(file), nap, long)
+    elif launched_rank() == int(rank) and phase.startswith("at:"):
+        phases.break_phase(phase.removeprefix("at:"), Path(file), lambda: fail(kind))
     elif launched_rank() == int(rank):
         break_phase(kind, phase, Path(file))
     run(arguments)

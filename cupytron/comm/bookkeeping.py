@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cupytron import backend
+from cupytron import backend, progress
 from cupytron.comm.half import is_half
 from cupytron.errors import CupytronError
 
@@ -89,6 +89,7 @@ class Bookkeeping(ABC):
                 wait()
             finally:
                 self._waits_for = None
+                progress.beat()
             return result
 
         return Handle(finish) if async_op else finish()

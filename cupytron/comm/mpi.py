@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from cupytron import progress
 from cupytron.comm.bookkeeping import CommunicationError
 from cupytron.comm.communicator import Communicator
 from cupytron.comm.half import ordered_sum
@@ -74,13 +75,15 @@ class MPICommunicator(Communicator):
             end_job(error, text, 1, show_traceback=not known)
 
     def split(self, color: int, key: int, axis: str) -> Communicator:
-        return MPICommunicator(self._comm.Split(color, key), axis)
+        with progress.waiting(f"split on {self.axis}"):
+            return MPICommunicator(self._comm.Split(color, key), axis)
 
     def close(self) -> None:
         _complete(lambda request: request.owner is self)
         if self._own:
             self._own = False
-            self._comm.Free()
+            with progress.waiting(f"close on {self.axis}"):
+                self._comm.Free()
 
     def _all_reduce(self, x: Any) -> Callable[[], None]:
         self._check_count("all_reduce", x.size)

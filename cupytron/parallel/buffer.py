@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import backend
+from cupytron import backend, progress
 from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Parameter
 
@@ -73,6 +73,7 @@ class Bucket:
             return data
         for parameter, start, stop in self.segments:
             data[start:stop] = parameter.initial_values(seed).reshape(-1)
+            progress.beat()
         return data
 
     @property

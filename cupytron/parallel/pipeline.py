@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupytron import progress
 from cupytron.backend import CPU, Device
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.errors import CupytronError
@@ -261,6 +262,7 @@ def run_schedule(
                 assert len(stash) == 0, f"backward left {len(stash)} entries in the stash"
             else:
                 stashes[m, chunk].run_weight_grads()
+        progress.beat()
         if action.kind == schedule.kinds[-1]:
             stashes.pop((m, chunk), None)
         if gives:

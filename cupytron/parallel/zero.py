@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cupytron import backend, optim
+from cupytron import backend, optim, progress
 from cupytron.comm import Communicator, ParallelContext
 from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
@@ -162,6 +162,7 @@ class Zero:
                 bucket.set_grad(xp.zeros(bucket.size, self.reduce_dtype))
                 bucket.gradient = bucket.grad[bucket.owned]
             bucket.state = {name: xp.zeros_like(bucket.weights) for name in state}
+            progress.beat()
 
     @property
     def persistent_bytes(self) -> int:
@@ -410,6 +411,7 @@ class BucketLayer(Wrapper):
         if self.following:
             zero.gather(self.following.bucket)
         y = self.inner.forward(x, stash)
+        progress.beat()
         # the last layer's backward comes next, with the same weights
         if self.following or not stash.keeps:
             zero.close_weights(self.bucket)
@@ -423,6 +425,7 @@ class BucketLayer(Wrapper):
             zero.gather(self.preceding.bucket)
         stash.then(lambda: zero.open_gradient(self.bucket))
         dx = self.inner.backward(dy, stash)
+        progress.beat()
         zero.close_weights(self.bucket)
         stash.then(lambda: self._finish(stash))
         return dx

@@ -1,0 +1,128 @@
+"""Signs of life between the watchdogs of a job: each rank tells rank 0 how it is, and rank 0 answers.
+
+They are UDP datagrams, not MPI messages: they have to come through while a rank is stuck inside MPI, while
+MPI begins and ends, and whatever threads the MPI library allows. Where a network lets none through, nothing
+comes, and the watchdog knows of its own process only.
+"""
+
+import contextlib
+import fcntl
+import json
+import secrets
+import select
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
+_LARGEST = 4096  # bytes of a datagram
+
+
+class Sign(NamedTuple):
+    """How a rank is: pieces of work done, what it waits for ("": nobody), and where it is, for messages."""
+
+    rank: int
+    host: str
+    beats: int
+    waits_for: str
+    where: str
+
+
+class Address(NamedTuple):
+    """Where rank 0 listens. token: what this job's datagrams begin with."""
+
+    token: str
+    port: int
+    node: str
+    hosts: list[str]
+
+
+class Signs:
+    """This rank's end.
+
+    Args:
+        rank: of this process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        self._socket.setblocking(False)
+        self._token = secrets.token_hex(8)
+        self._places: list[tuple[str, int]] = []  # of rank 0, until one of them has answered
+
+    def address(self) -> Address:
+        """Where this rank listens, for all others if it is rank 0."""
+        return Address(self._token, self._socket.getsockname()[1], _node(), _hosts())
+
+    def meet(self, first: Address) -> None:
+        """Learn rank 0's address."""
+        here = ["127.0.0.1"] if first.node == _node() else []
+        self._places = [(host, first.port) for host in [*here, *first.hosts]]
+        self._token = first.token
+
+    def exchange(self, mine: Sign, seconds: float) -> list[Sign]:
+        """Send this rank's sign, listen for so long, and return the signs that came.
+
+        Rank 0 sends its own sign as an answer to each; the others send theirs to rank 0.
+        """
+        until = time.monotonic() + seconds
+        message = json.dumps([self._token, *mine]).encode()
+        if self.rank:
+            for place in self._places:
+                self._send(message, place)
+        signs = []
+        while (left := until - time.monotonic()) > 0:
+            if not select.select([self._socket], [], [], left)[0]:
+                break
+            came = self._receive()
+            if came is None:
+                continue
+            sign, sender = came
+            signs.append(sign)
+            if self.rank:
+                self._places = [sender]
+            else:
+                self._send(message, sender)
+        return signs
+
+    def close(self) -> None:
+        """Send and hear nothing any more."""
+        self._socket.close()
+
+    def _send(self, message: bytes, place: tuple[str, int]) -> None:
+        # a host name may be unknown here, and a port closed
+        with contextlib.suppress(OSError):
+            self._socket.sendto(message, place)
+
+    def _receive(self) -> tuple[Sign, tuple[str, int]] | None:
+        """A sign and its sender; None: it was not of this job."""
+        try:
+            message, sender = self._socket.recvfrom(_LARGEST)
+            token, *fields = json.loads(message)
+            sign = Sign(*fields)
+        except (OSError, ValueError, TypeError):
+            return None
+        return (sign, sender) if token == self._token else None
+
+
+def _node() -> str:
+    """The same for all processes of a machine."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+def _hosts() -> list[str]:
+    """This machine's name, and the addresses of its interfaces."""
+    found = [socket.gethostname()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no IPv4 address
+                request = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, request)
+                found.append(socket.inet_ntoa(answer[20:24]))
+    return [host for host in dict.fromkeys(found) if not host.startswith("127.")]

@@ -1,0 +1,101 @@
+"""Where a training run can be made to stop, fail or be slow: the functions that begin each of its phases.
+
+A profile hook sees every call without importing anything: the job imports, and begins with MPI, when and as
+it always does.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# phase: (end of the file's name, the function, which call of it, whether rank 0 alone does this)
+PHASES = {
+    "import": ("numpy/__init__.py", "<module>", 1, False),
+    "options": ("cli/options.py", "Settings.load", 1, False),
+    "process": ("cupytron/process.py", "prepare", 1, False),
+    "mpi": ("cupytron/launcher.py", "begin_mpi", 1, False),
+    "mesh": ("cupytron/mesh_run.py", "open_mesh", 1, False),
+    "device": ("cupytron/gpu.py", "open_device", 1, False),
+    "data": ("data/dataset.py", "open_dataset", 1, False),
+    "trainer": ("cupytron/trainer.py", "Trainer.__init__", 1, False),
+    "materialize": ("cupytron/parallel/zero.py", "Zero.materialize", 1, False),
+    "restore": ("cupytron/run.py", "_Run._restore", 1, False),
+    "folder": ("cupytron/run_folder.py", "RunFolder.create", 1, True),
+    "forward": ("cupytron/nn/block.py", "Block.forward", 9, False),
+    "backward": ("cupytron/nn/block.py", "Block.backward", 1, False),
+    "reduce": ("cupytron/parallel/zero.py", "Zero._reduce", 2, False),
+    "update": ("cupytron/optim.py", "apply", 1, False),
+    "evaluate": ("cupytron/trainer.py", "evaluate", 1, False),
+    "write": ("cupytron/checkpoint_format.py", "write_tensors", 1, False),
+    "finish": ("cupytron/checkpoint.py", "_finish", 1, True),
+    "prune": ("cupytron/run_folder.py", "RunFolder.prune", 1, True),
+    "trace": ("cupytron/run.py", "_Run._write_trace", 1, False),
+    "end": ("cupytron/metrics.py", "Progress.close", 1, False),
+    "exit": ("cupytron/launcher.py", "end_mpi", 1, False),
+}
+
+# kind of slowness: (end of the file's name, the function that is called there), a nap before each call
+SLOW = {
+    "step": [("cupytron/nn/block.py", "Block.forward")],
+    "materialize": [("cupytron/layer.py", "Parameter.initial_values")],
+    "evaluate": [("cupytron/nn/block.py", "Block.forward")],
+    "data": [("data/dataset.py", "check_ids")],
+    "save": [
+        ("cupytron/checkpoint_format.py", "write"),
+        ("cupytron/checkpoint_format.py", "update"),
+        ("cupytron/checkpoint_format.py", "fsync"),
+        ("shutil.py", "unlink"),
+        ("shutil.py", "rmdir"),
+    ],
+}
+
+
+def break_phase(phase: str, file: Path, fail: Callable[[], None]) -> None:
+    """Write the time to `file`, and fail(), where the phase begins."""
+    name, function, number, _ = PHASES[phase]
+    calls = 0
+
+    def hook(frame, event, _):
+        nonlocal calls
+        code = frame.f_code
+        if event != "call" or code.co_qualname != function or not code.co_filename.endswith(name):
+            return
+        calls += 1
+        if calls == number:
+            sys.setprofile(None)
+            file.write_text(str(time.time()))
+            fail()
+
+    sys.setprofile(hook)
+
+
+def slow_down(kind: str, file: Path, seconds: float, long: float) -> None:
+    """Take a nap before each call of this kind; before the first fsync one of `long` seconds.
+
+    In the end `file` holds how long all naps were together.
+    """
+    slept = 0.0
+    places = SLOW[kind]
+
+    def nap(seconds: float) -> None:
+        nonlocal slept
+        time.sleep(seconds)
+        slept += seconds
+        file.write_text(str(slept))
+
+    def hook(frame, event, called):
+        nonlocal long
+        if event == "call":
+            name = frame.f_code.co_qualname
+        elif event == "c_call":
+            name = called.__name__
+        else:
+            return
+        for where, function in places:
+            if name == function and frame.f_code.co_filename.endswith(where):
+                nap(long if called is os.fsync and long else seconds)
+                long = 0.0 if called is os.fsync else long
+
+    sys.setprofile(hook)

@@ -1,0 +1,239 @@
+"""Whatever phase of a run a rank is stopped or fails in, the job ends in time; slow work never ends it.
+
+CUPYTRON_FAILURES=all runs every phase, kind, rank and library (the acceptance run does); else a sample.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launchers import NAMES, launch
+from phases import PHASES
+from runs import command, make_data
+
+from cupytron import progress
+from cupytron.signs import Sign, Signs
+from cupytron.watchdog import Watchdog
+
+ALL = os.environ.get("CUPYTRON_FAILURES") == "all"
+RANKS, TIMEOUT = 2, 3.0
+CASES = [
+    case
+    for case in itertools.product(PHASES, ("stopped", "RuntimeError"), (0, RANKS - 1), NAMES)
+    if case[2] == 0 or not PHASES[case[0]][3]
+    # Python only prints what goes wrong while it ends
+    if case[:2] != ("exit", "RuntimeError")
+]
+SAMPLE = [  # each phase once, in turn with the kinds, ranks and libraries
+    ("import", "stopped", 0, "mpich"),
+    ("options", "RuntimeError", 1, "mpich"),
+    ("process", "stopped", 1, "mpich"),
+    ("mpi", "stopped", 1, "openmpi"),
+    ("mesh", "RuntimeError", 1, "mpich"),
+    ("device", "stopped", 0, "mpich"),
+    ("data", "stopped", 1, "openmpi"),
+    ("trainer", "RuntimeError", 0, "openmpi"),
+    ("materialize", "stopped", 1, "mpich"),
+    ("restore", "stopped", 0, "mpich"),
+    ("folder", "stopped", 0, "openmpi"),
+    ("forward", "stopped", 1, "mpich"),
+    ("backward", "RuntimeError", 1, "openmpi"),
+    ("reduce", "stopped", 0, "openmpi"),
+    ("update", "stopped", 1, "mpich"),
+    ("evaluate", "stopped", 0, "mpich"),
+    ("write", "stopped", 1, "openmpi"),
+    ("finish", "stopped", 0, "mpich"),
+    ("prune", "stopped", 0, "mpich"),
+    ("trace", "stopped", 1, "mpich"),
+    ("end", "stopped", 1, "mpich"),
+    ("exit", "stopped", 0, "openmpi"),
+    ("exit", "stopped", 1, "mpich"),
+]
+SHORT = ["train.max_steps=2", "train.eval_interval=2", "checkpoint.interval=1", "checkpoint.keep=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+class Job:
+    """A short training run of two ranks, in which something happens at a place on one of them."""
+
+    def __init__(self, folder, data, name, what, *settings, more=(), timeout=TIMEOUT, limit=150):
+        self.file, script = folder / "happened", Path(__file__).with_name("failing_job.py")
+        settings = (*SHORT, f"parallel.timeout={timeout:g}", *settings)
+        job = [sys.executable, str(script), *map(str, what), str(self.file)]
+        train = [*command(data, folder / "run", *settings)[1:], *more]
+        argv, env = launch(name, RANKS, [*job, *train])
+        busy = slowness()
+        done = subprocess.run(
+            argv, env=env, capture_output=True, text=True, errors="replace", timeout=limit
+        )
+        self.ended, self.busy = time.time(), max(busy, slowness())
+        self.code, self.output = done.returncode, done.stdout + done.stderr
+        self.messages = re.findall(r"error: rank.*", done.stderr)
+
+    def happened(self):
+        assert self.file.exists(), self.output
+        return float(self.file.read_text())
+
+
+def slowness():
+    """How many processes want each core, at least 1: by so much everything takes longer."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def check_ends(folder, data, phase, kind, rank, name):
+    more = ["--trace", "0:1"] if phase == "trace" else []
+    if phase == "restore":
+        done = Job(folder, data, name, ("nothing", "step", -1), timeout=600)
+        assert done.code == 0, done.output
+    # a resumed run has to have something to do
+    more += ["--max-steps", "4"] if phase == "restore" else []
+    job = Job(folder, data, name, (kind, f"at:{phase}", rank), more=more)
+    seconds = job.ended - job.happened()
+    assert seconds < (TIMEOUT + 10) * job.busy, (seconds, job.output)
+    assert job.messages, job.output
+    if kind == "stopped":
+        assert job.code == 66, job.output
+        assert all("--timeout" in message for message in job.messages)
+        assert re.search(r"no progress for 3 seconds \(after step \d", job.messages[0])
+    else:
+        assert job.code == 1, job.output
+        assert f"error: rank {rank}: RuntimeError: made to fail" in job.messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "kind", "rank", "name"), CASES if ALL else SAMPLE)
+def test_a_rank_that_stops_or_fails_ends_the_job(tmp_path, data, phase, kind, rank, name):
+    check_ends(tmp_path, data, phase, kind, rank, name)
+
+
+def test_a_rank_that_stops_before_mpi_begins_ends_the_job(tmp_path, data):
+    """The one sample of the slow test that `make test` runs."""
+    check_ends(tmp_path, data, "process", "stopped", 1, "mpich")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rank", "name", "nap", "settings"),
+    [
+        ("step", 1, "mpich", 0.5, ["train.global_batch=80", "train.max_steps=1"]),
+        ("materialize", 0, "openmpi", 1.0, []),
+        ("evaluate", 1, "openmpi", 0.5, []),
+        ("save", 0, "mpich", 0.3, []),
+        ("save", 1, "openmpi", 0.3, []),
+    ],
+)
+def test_slow_work_is_not_ended(tmp_path, data, kind, rank, name, nap, settings):
+    """Ten timeouts of naps, in one step, evaluation or save; one fsync takes one and a half timeouts."""
+    long = 1.5 * TIMEOUT if kind == "save" else 0.0
+    job = Job(tmp_path, data, name, (f"slow:{nap}:{long}", kind, rank), *settings, limit=280)
+    assert job.code == 0, job.output
+    assert job.happened() > 10 * TIMEOUT
+
+
+class TestLooking:
+    """The watchdog's verdicts, tick by tick, in this process."""
+
+    @pytest.fixture(autouse=True)
+    def state(self, monkeypatch):
+        monkeypatch.setattr(progress, "_now", progress._Now())
+
+    def dog(self, rank=0, size=2):
+        found = Watchdog(10.0, rank, size)
+        found.look(1, [])
+        return found
+
+    def looks(self, dog, ticks, came=lambda tick: []):
+        """The tick at which the job is ended, and why; None: it is not."""
+        for tick in range(1, ticks + 1):
+            if verdict := dog.look(1, came(tick)):
+                return tick, verdict
+        return None
+
+    def test_one_without_progress_is_stuck(self):
+        progress.note(7, "saving")
+        tick, verdict = self.looks(self.dog(), 30)
+        assert tick == 10 and verdict == "no progress for 10 seconds (after step 7, saving)"
+
+    def test_one_with_progress_is_not(self):
+        dog = self.dog()
+        for _ in range(20):
+            assert self.looks(dog, 9) is None
+            progress.beat()
+
+    def test_a_call_that_tells_nothing_gets_more_time(self):
+        with progress.patiently("in the fsync of x"):
+            tick, verdict = self.looks(self.dog(), 200)
+        assert tick == 100 and "in the fsync of x" in verdict
+
+    def test_one_that_waits_for_a_slow_rank_is_not_stuck(self):
+        with progress.waiting("barrier on world"):
+            signs = [[Sign(1, "b", n // 9, "", "saving")] for n in range(201)]
+            assert self.looks(self.dog(), 200, signs.__getitem__) is None
+            # nor does a rank judge the others, which rank 0 does
+            signs = [[Sign(0, "a", 5, "", "saving")]] * 201
+            assert self.looks(self.dog(rank=1), 200, signs.__getitem__) is None
+
+    def test_one_that_gives_no_sign_is_named(self):
+        def dies(tick):
+            progress.beat()
+            return [Sign(1, "hostb", tick, "", "after step 3, saving")] if tick < 5 else []
+
+        tick, verdict = self.looks(self.dog(), 30, dies)
+        assert tick == 14
+        assert "no sign of life from rank 1 on hostb (after step 3, saving)" in verdict
+
+    def test_ranks_that_wait_for_each_other_are_stuck(self):
+        with progress.waiting("recv on pp"):
+            signs = [[Sign(1, "b", 3, "barrier on world", "in barrier")]] * 31
+            tick, verdict = self.looks(self.dog(), 30, signs.__getitem__)
+        assert tick in (10, 11) and "all ranks wait: rank 1 on b (in barrier)" in verdict
+
+    def test_without_signs_one_that_waits_is_stuck_a_little_later(self):
+        with progress.waiting("barrier on world"):
+            assert self.looks(self.dog(rank=0), 30)[0] == 11
+            assert self.looks(self.dog(rank=1), 30)[0] == 12
+        with progress.waiting("MPI_Init"):
+            assert self.looks(self.dog(rank=0), 30)[0] == 15
+
+    def test_a_timeout_of_zero_and_a_rank_that_ends_the_job_are_left_alone(self):
+        for change in ({"timeout": 0.0}, {"quiet": True}):
+            dog = self.dog()
+            vars(dog).update(change)
+            assert self.looks(dog, 200) is None
+
+
+def test_signs_of_life_go_both_ways_and_foreign_ones_are_dropped():
+    first, second, foreign = Signs(0), Signs(1), Signs(2)
+    second.meet(first.address())
+    foreign.meet(first.address()._replace(token="guessed"))
+    foreign.exchange(Sign(2, "c", 1, "", "x"), 0.01)
+    second.exchange(Sign(1, "b", 5, "", "at work"), 0.01)
+    mine = Sign(0, "a", 9, "barrier on world", "waiting")
+    # it came on every way there is
+    assert set(first.exchange(mine, 0.2)) == {Sign(1, "b", 5, "", "at work")}
+    assert set(second.exchange(Sign(1, "b", 6, "", "at work"), 0.1)) == {mine}
+    for signs in (first, second, foreign):
+        signs.close()
+
+
+def test_files_that_are_opened_and_removed_are_progress(tmp_path):
+    code = (
+        "import os, sys\nfrom cupytron import progress\nprogress.count_files()\n"
+        "def grows(work):\n    before = progress.beats()\n    work()\n"
+        "    return progress.beats() > before\n"
+        "path = sys.argv[1]\n"
+        "print(grows(lambda: open(path, 'w').close()), grows(lambda: os.remove(path)),"
+        " grows(lambda: __import__('wave')), grows(lambda: sum(range(9))))"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "x")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "True", "False"], done.stderr
