@@ -189,7 +189,9 @@ def watched(world: Communicator, timeout: float) -> AbstractContextManager[None]
     Args:
         timeout: seconds without progress; 0: never.
     """
-    return watchdog.watching(timeout, world) if launched_tasks() > 1 else nullcontext()
+    if launched_tasks() == 1 or world.size == 1:
+        return nullcontext()
+    return watchdog.watching(timeout, world)
 
 
 def absolute(path: Path) -> str:

@@ -44,6 +44,7 @@ class _Now:
 
 
 _now = _Now()
+_hears_files = False
 
 
 def unwatched(step: int, phase: str) -> None:
@@ -95,6 +96,10 @@ def follow(groups: Any) -> None:
 
 def count_files() -> None:
     """Take the main thread's imports, and files that it opens, renames or removes, for beats, too."""
+    global _hears_files
+    if _hears_files:
+        return  # a hook stays for ever
+    _hears_files = True
     main = threading.main_thread().ident
 
     def hear(event: str, _: object) -> None:

@@ -102,6 +102,7 @@ def _train(
     settings = settings.model_copy(update={"data": data})
     shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
+        progress.phase("building the model")
         run = _Run(settings, folder, dataset, environment, shown, context, tracing)
         if world.rank == 0:
             # not before the settings have proved good
@@ -171,6 +172,7 @@ class _Run:
         Args:
             init_from, resume: as train's; False: "never".
         """
+        self.note("looking for a checkpoint")
         process.note_loaded_blas(self.environment)
         self.progress.line(process.describe(self.environment))
         exact = self.config.train.deterministic

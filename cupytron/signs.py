@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import secrets
-import select
 import socket
 import struct
 import time
@@ -50,7 +49,6 @@ class Signs:
         self.rank = rank
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("", 0))
-        self._socket.setblocking(False)
         self._token = secrets.token_hex(8)
         self._places: list[tuple[str, int]] = []  # of rank 0, until one of them has answered
 
@@ -69,15 +67,13 @@ class Signs:
 
         Rank 0 sends its own sign as an answer to each; the others send theirs to rank 0.
         """
-        until = time.monotonic() + seconds
         message = json.dumps([self._token, *mine]).encode()
         if self.rank:
             for place in self._places:
                 self._send(message, place)
-        signs = []
+        until, signs = time.monotonic() + seconds, []
         while (left := until - time.monotonic()) > 0:
-            if not select.select([self._socket], [], [], left)[0]:
-                break
+            self._socket.settimeout(left)
             came = self._receive()
             if came is None:
                 continue
