@@ -1,19 +1,23 @@
 """Signs of life between the watchdogs of a job: each rank tells rank 0 how it is, and rank 0 answers.
 
-They are UDP datagrams, not MPI messages: they have to come through while a rank is stuck inside MPI, while
-MPI begins and ends, and whatever threads the MPI library allows. Where a network lets none through, nothing
-comes, and the watchdog knows of its own process only.
+They are UDP datagrams, not MPI messages: they have to come through while a rank is stuck inside MPI, and
+whatever threads the MPI library allows. Where a network lets none through, nothing comes, and the watchdog
+knows of its own process only. Before MPI has begun no rank knows rank 0's address: then all ranks of one
+machine tell each other, through sockets with names that they can guess.
 """
 
 import contextlib
 import fcntl
 import json
+import os
 import secrets
 import socket
 import struct
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from cupytron.launcher import launcher_pid
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address
 _LARGEST = 4096  # bytes of a datagram
@@ -39,18 +43,35 @@ class Address(NamedTuple):
 
 
 class Signs:
-    """This rank's end.
+    """This rank's end of an exchange.
 
-    Args:
-        rank: of this process.
+    Attributes:
+        first_answers: whether the others talk to rank 0 alone, which answers; else all talk to all.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("", 0))
-        self._token = secrets.token_hex(8)
-        self._places: list[tuple[str, int]] = []  # of rank 0, until one of them has answered
+    def __init__(self, rank: int, family: int = socket.AF_INET, token: str = "") -> None:
+        self.rank, self.first_answers = rank, family == socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_DGRAM)
+        self._token = token or secrets.token_hex(8)
+        self._places: list[Any] = []  # where signs are sent; of rank 0 all, until one has answered
+        if self.first_answers:
+            self._socket.bind(("", 0))
+
+    @classmethod
+    def of_neighbours(cls, rank: int, size: int) -> "Signs | None":
+        """Among the ranks of this machine, before MPI is there; None: no launcher's process is found."""
+        if (launcher := launcher_pid()) is None:
+            return None
+        with contextlib.suppress(OSError):
+            began = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+            job = f"cupytron-{os.getuid()}-{launcher}-{began}"
+            # a name that begins with a zero byte is in no folder, and goes with its process
+            names = [f"\0{job}-{other}" for other in range(size)]
+            signs = cls(rank, socket.AF_UNIX, job)
+            signs._socket.bind(names[rank])
+            signs._places = [name for name in names if name != names[rank]]
+            return signs
+        return None
 
     def address(self) -> Address:
         """Where this rank listens, for all others if it is rank 0."""
@@ -58,19 +79,20 @@ class Signs:
 
     def meet(self, first: Address) -> None:
         """Learn rank 0's address."""
-        here = ["127.0.0.1"] if first.node == _node() else []
-        self._places = [(host, first.port) for host in [*here, *first.hosts]]
-        self._token = first.token
+        if self.rank:
+            here = ["127.0.0.1"] if first.node == _node() else []
+            self._places = [(host, first.port) for host in [*here, *first.hosts]]
+            self._token = first.token
 
     def exchange(self, mine: Sign, seconds: float) -> list[Sign]:
         """Send this rank's sign, listen for so long, and return the signs that came.
 
-        Rank 0 sends its own sign as an answer to each; the others send theirs to rank 0.
+        Raises:
+            OSError: this end has been closed meanwhile.
         """
         message = json.dumps([self._token, *mine]).encode()
-        if self.rank:
-            for place in self._places:
-                self._send(message, place)
+        for place in self._places:
+            self._send(message, place)
         until, signs = time.monotonic() + seconds, []
         while (left := until - time.monotonic()) > 0:
             self._socket.settimeout(left)
@@ -79,9 +101,9 @@ class Signs:
                 continue
             sign, sender = came
             signs.append(sign)
-            if self.rank:
+            if self.first_answers and self.rank:
                 self._places = [sender]
-            else:
+            elif self.first_answers:
                 self._send(message, sender)
         return signs
 
@@ -89,12 +111,13 @@ class Signs:
         """Send and hear nothing any more."""
         self._socket.close()
 
-    def _send(self, message: bytes, place: tuple[str, int]) -> None:
-        # a host name may be unknown here, and a port closed
+    def _send(self, message: bytes, place: Any) -> None:
+        # a host name may be unknown here, and a neighbour not there yet, or not any more; one that is
+        # stopped takes no more at some time, and must not be waited for
         with contextlib.suppress(OSError):
-            self._socket.sendto(message, place)
+            self._socket.sendto(message, socket.MSG_DONTWAIT, place)
 
-    def _receive(self) -> tuple[Sign, tuple[str, int]] | None:
+    def _receive(self) -> tuple[Sign, Any] | None:
         """A sign and its sender; None: it was not of this job."""
         try:
             message, sender = self._socket.recvfrom(_LARGEST)

@@ -55,6 +55,7 @@ class Watchdog:
     def __init__(self, timeout: float, rank: int, size: int) -> None:
         self.timeout, self.rank, self.size = timeout, rank, size
         self.signs: Signs | None = None
+        self.has_met = False  # all ranks of the job, not only those of this machine
         self.quiet = False  # this rank ends the job itself: it is given the time
         self._others: dict[int, _Other] = {}
         self._beats, self._idle = -1, 0.0
@@ -63,7 +64,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch, at first with the ranks of this machine."""
+        self.signs = Signs.of_neighbours(self.rank, self.size)
         self._thread.start()
 
     def stop(self) -> None:
@@ -86,45 +88,44 @@ class Watchdog:
         return self._stuck() if self.timeout and not self.quiet else None
 
     def _stuck(self) -> str | None:
-        waits_for, me = progress.waits_for(), f"({progress.where()})"
+        me = f"({progress.where()})"
         # all ranks may find the same: the first of them ends the job, and is the only one that speaks
         patience = min(4.0, _LATER + 0.4 * self.rank)
-        if not waits_for:
+        if not progress.waits_for():
             limit = self.timeout * (PATIENCE if progress.slow() else 1)
             if self._idle >= limit:
                 return f"no progress for {limit:g} seconds {me}"
-        limit = self.timeout + (patience if self.rank else 0.0)
         for other in self._others.values():
-            if other.silent >= limit:
+            if other.silent >= self.timeout + (patience if self.rank else 0.0):
                 return (
                     f"no progress for {self.timeout:g} seconds {me}: no sign of life from {other}; it is "
                     "stopped, or cannot be reached"
                 )
-        if not waits_for:
-            return None
-        everybody = self.size - 1 if self.rank == 0 else 1
-        if len(self._others) < everybody:
-            # nothing is known of some: they may be stopped
-            skew = _SKEW if waits_for in progress.MPI_ITSELF else 0.0
-            limit, found = self.timeout + patience + skew, ""
-        elif self.rank == 0:
-            if not all(o.sign.waits_for and o.idle >= self.timeout for o in self._others.values()):
-                return None
-            limit, found = (
-                self.timeout,
-                f": all ranks wait: {', '.join(map(str, self._others.values()))}",
-            )
-        else:
-            return None  # rank 0 is there, and knows more
-        return (
-            f"no progress for {self.timeout:g} seconds {me}{found}" if self._idle >= limit else None
-        )
+        if progress.waits_for() and self._waits_in_vain(patience):
+            others = ", ".join(map(str, self._others.values()))
+            all_wait = f": all ranks wait: {others}" if others else ""
+            return f"no progress for {self.timeout:g} seconds {me}{all_wait}"
+        return None
+
+    def _waits_in_vain(self, patience: float) -> bool:
+        """Whether this rank has waited too long for others that, as far as is known, are not at work."""
+        judges = self.rank == 0 or not (self.signs and self.signs.first_answers)
+        if len(self._others) < (self.size - 1 if judges else 1):
+            # nothing is known of some, and they may be stopped
+            skew = _SKEW if progress.waits_for() in progress.MPI_ITSELF else 0.0
+            return self._idle >= self.timeout + patience + skew
+        if not judges:
+            return False  # rank 0 is there, and knows more
+        idle = all(o.sign.waits_for and o.idle >= self.timeout for o in self._others.values())
+        return idle and self._idle >= self.timeout + (patience if self.rank else 0.0)
 
     def _watch(self) -> None:
-        host = socket.gethostname()
+        host, heard = socket.gethostname(), self.signs
         while not self._over.is_set():
             tick = min(1.0, self.timeout / 8) if self.timeout else 1.0
             signs, came = self.signs, []
+            if signs is not heard:
+                heard, self._others = signs, {}
             if signs is None:
                 self._over.wait(tick)
             else:
@@ -149,18 +150,21 @@ class Watchdog:
 
     def meet(self, world: Any) -> None:
         """Begin to exchange signs of life with the other ranks. Collective."""
+        self.has_met = True
         progress.follow(world)
         signs = Signs(self.rank)
         first = world.gather_objects(tuple(signs.address()))[0]
         signs.meet(Address(*first))
-        self.signs = signs
+        self._exchange_through(signs)
 
     def part(self) -> None:
         """The others are about to end, too: their silence means nothing any more."""
-        signs, self.signs = self.signs, None
-        if signs is not None:
-            signs.close()
-        self._others.clear()
+        self._exchange_through(None)
+
+    def _exchange_through(self, signs: Signs | None) -> None:
+        before, self.signs = self.signs, signs
+        if before is not None:
+            before.close()
 
 
 _dog: Watchdog | None = None  # of this process
@@ -191,7 +195,7 @@ def watching(timeout: float, world: Any) -> Iterator[None]:
     found = _dog
     dog = found or start(timeout, world.rank, world.size)
     dog.timeout = timeout
-    if dog.signs is None:
+    if not dog.has_met:
         dog.meet(world)
     try:
         yield

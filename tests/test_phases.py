@@ -17,6 +17,7 @@ from phases import PHASES
 from runs import command, make_data
 
 from cupytron import progress
+from cupytron import signs as signs_module
 from cupytron.signs import Sign, Signs
 from cupytron.watchdog import Watchdog
 
@@ -124,6 +125,8 @@ def test_a_rank_that_stops_before_mpi_begins_ends_the_job(tmp_path, data):
 @pytest.mark.parametrize(
     ("kind", "rank", "name", "nap", "settings"),
     [
+        ("start", 1, "mpich", 0.08, []),
+        ("start", 0, "openmpi", 0.08, []),
         ("step", 1, "mpich", 0.5, ["train.global_batch=80", "train.max_steps=1"]),
         ("materialize", 0, "openmpi", 1.0, []),
         ("evaluate", 1, "openmpi", 0.5, []),
@@ -223,6 +226,21 @@ def test_signs_of_life_go_both_ways_and_foreign_ones_are_dropped():
     assert set(second.exchange(Sign(1, "b", 6, "", "at work"), 0.1)) == {mine}
     for signs in (first, second, foreign):
         signs.close()
+
+
+def test_neighbours_find_each_other_before_mpi_is_there(monkeypatch):
+    monkeypatch.setattr(signs_module, "launcher_pid", os.getppid)
+    first, second, none = (Signs.of_neighbours(rank, 3) for rank in (0, 1, 1))
+    assert none is None  # the name is taken
+    says = [Sign(rank, "a", 3, "MPI_Init", "waiting") for rank in (0, 1)]
+    second.exchange(says[1], 0.01)
+    assert first.exchange(says[0], 0.1) == [says[1]]
+    assert second.exchange(says[1], 0.1) == [says[0]]
+    first.close()
+    second.exchange(says[1], 0.01)  # to nobody
+    second.close()
+    monkeypatch.setattr(signs_module, "launcher_pid", lambda: None)
+    assert Signs.of_neighbours(0, 2) is None
 
 
 def test_files_that_are_opened_and_removed_are_progress(tmp_path):
