@@ -39,7 +39,7 @@ PHASES = {
 # kind of slowness: (end of the file's name, the function that is called there), a nap before each call
 SLOW = {
     "start": [(".py", "<module>")],  # of every module that is imported
-    "step": [("cupytron/nn/block.py", "Block.forward")],
+    "step": [("cupytron/nn/block.py", "Block.backward")],
     "materialize": [("cupytron/layer.py", "Parameter.initial_values")],
     "evaluate": [("cupytron/nn/block.py", "Block.forward")],
     "data": [("data/dataset.py", "check_ids")],
