@@ -118,13 +118,13 @@ def test_a_rank_that_stops_before_mpi_begins_ends_the_job(tmp_path, data):
 # what is slow, on which rank, under which library, its naps in seconds, settings, and for how many timeouts
 # at least all naps last; there are two evaluations
 SLOW_WORK = [
-    ("start", 0, "openmpi", 0.06, [], 10),
+    ("start", 0, "openmpi", 0.1, [], 10),
     ("step", 1, "mpich", 0.3, ["train.global_batch=320", "train.max_steps=1"], 10),
     ("evaluate", 1, "openmpi", 0.7, ["train.max_steps=1"], 20),
     ("save", 0, "mpich", 0.3, [], 10),
 ]
 MORE = [
-    ("start", 1, "mpich", 0.06, [], 10),
+    ("start", 1, "mpich", 0.1, [], 10),
     ("step", 0, "openmpi", 0.3, ["train.global_batch=320", "train.max_steps=1"], 10),
     ("materialize", 0, "openmpi", 1.0, [], 10),
     ("data", 0, "mpich", 1.5, [], 1),
