@@ -1,0 +1,141 @@
+"""Kills a command at each of its system calls in turn, and lets each of them fail in turn.
+
+    LD_PRELOAD=shim.so python tests/syscalls/every_call.py PLACE DEPTH PART PARTS
+
+PLACE is a folder to work in. DEPTH: "few", "most" or "all" (`faults`). PARTS processes share the work; this
+one has PART, from 0. Prints one JSON object: how many points and starts, and a line for everything wrong.
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from syscalls import shim
+from syscalls.bench import Bench, Ended
+from syscalls.scenarios import SCENARIOS, Scenario, Train, note_saves
+from syscalls.shim import Call
+
+OTHER_ERRORS = (errno.EDQUOT, errno.ESTALE, errno.EROFS)
+
+
+class Fault(NamedTuple):
+    """What a call is made to do."""
+
+    point: int
+    action: int
+    error: int = 0
+
+    def describe(self, call: Call, root: Path) -> str:
+        did = {
+            shim.KILL: "killed before",
+            shim.KILL_HALF_WAY: "killed in the middle of",
+            shim.FAIL: f"{errno.errorcode.get(self.error)} at",
+            shim.FAIL_FROM_HERE: f"{errno.errorcode.get(self.error)} from",
+        }[self.action]
+        other = f" to {os.path.relpath(call.other, root)}" if call.other.startswith("/") else ""
+        return f"{did} call {self.point}, {call.kind} {os.path.relpath(call.path, root)}{other}"
+
+
+def faults(points: list[Call], depth: str) -> Iterator[Fault]:
+    """What is tried at the calls of a command.
+
+    Args:
+        depth: "few": a kill at one call of each kind. "most": kills, ENOSPC and EIO at every call, other
+            errors at one call of each kind. "all": every error at every call.
+    """
+    one_each = one_of_each_kind(points)
+    for point, call in enumerate(points):
+        if depth == "few":
+            if point in one_each:
+                yield Fault(point, shim.KILL)
+            continue
+        if call.kind != "close":  # it changes nothing on the disk
+            yield Fault(point, shim.KILL)
+        if call.kind == "write":
+            yield Fault(point, shim.KILL_HALF_WAY)
+        yield Fault(point, shim.FAIL_FROM_HERE, errno.ENOSPC)
+        yield Fault(point, shim.FAIL, errno.EIO)
+        for error in OTHER_ERRORS:
+            if depth == "all" or point in one_each:
+                yield Fault(point, shim.FAIL, error)
+        if depth == "all":
+            yield Fault(point, shim.FAIL, errno.ENOSPC)
+            yield Fault(point, shim.FAIL_FROM_HERE, errno.EIO)
+
+
+def one_of_each_kind(points: list[Call]) -> set[int]:
+    """The call in the middle of those of each kind."""
+    places: dict[str, list[int]] = {}
+    for point, call in enumerate(points):
+        places.setdefault(call.kind, []).append(point)
+    return {found[len(found) // 2] for found in places.values()}
+
+
+def try_fault(scenario: Scenario, fault: Fault) -> Iterator[str]:
+    """Run the command with the fault, and once more; a line for everything wrong."""
+    scenario.bench.lay_out(scenario.name)
+    ended = scenario.start(point=fault.point, action=fault.action, error=fault.error)
+    killed = fault.action in (shim.KILL, shim.KILL_HALF_WAY)
+    if killed and ended.code != -9:
+        yield f"it did not come to this call, but ended with {ended.code}: {ended.output}"
+        return
+    yield from scenario.wrong_at_once(ended)
+    if not killed:
+        yield from scenario.wrong_failure(ended)
+    before = names_in(scenario)
+    again = scenario.start()
+    yield from scenario.wrong_in_the_end(ended, again)
+    if isinstance(scenario, Train):
+        yield from scenario.wrong_number(before, again)
+
+
+def names_in(scenario: Scenario) -> set[str]:
+    """The names in checkpoints/."""
+    place = scenario.bench.root / "run" / "checkpoints"
+    return set(os.listdir(place)) if place.is_dir() else set()
+
+
+def main(place: str, depth: str, part: str, parts: str, *only: str) -> None:
+    began = time.monotonic()
+    note_saves()
+    bench = Bench(Path(place).resolve())
+    kinds: Counter[str] = Counter()
+    wrong, tried = [], 0
+    for kind in SCENARIOS:
+        if only and kind.name not in only:
+            continue
+        scenario = kind(bench)
+        bench.lay_out(scenario.name)
+        bench.import_what_it_imports(scenario.command())
+        points = scenario.unbroken.points
+        if kind.name == "train":
+            assert any(call.kind == "mark" for call in scenario.unbroken.calls), "no save was seen"
+        kinds.update(
+            {f"{kind.name}: {what}": n for what, n in Counter(c.kind for c in points).items()}
+        )
+        for number, fault in enumerate(faults(points, depth)):
+            if number % int(parts) != int(part):
+                continue
+            tried += 1
+            said = fault.describe(points[fault.point], bench.root)
+            wrong += [f"{kind.name}: {said}: {line}" for line in try_fault(scenario, fault)]
+    found = {
+        "faults": tried,
+        "starts": bench.starts,
+        "seconds": round(time.monotonic() - began, 1),
+        "points": kinds,
+        "wrong": wrong,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
