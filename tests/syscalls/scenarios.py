@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from syscalls.shim import Call
 
 from cupytron import checkpoint, run
 from cupytron.data import DataError, open_dataset
+from cupytron.errors import CheckpointError
 from cupytron.run_folder import RunFolder
 
 KEEP = 1
@@ -92,14 +94,30 @@ class Scenario:
         root = self.bench.root
         return {str(path.relative_to(root)) for path in root.rglob("*")}
 
+    def promise(self, calls: list[Call], ended: bool) -> int:
+        """What must not be lost any more after these calls; 0: nothing yet.
+
+        Args:
+            ended: these are all calls of the command.
+        """
+        raise NotImplementedError
+
     # what may be wrong: each yields a line for everything
 
     def wrong_at_once(self, ended: Ended) -> Iterator[str]:
         """After the fault, before anything else is started."""
         yield from ()
 
-    def wrong_in_the_end(self, broken: Ended, ended: Ended) -> Iterator[str]:
-        """After the same command was given again and did all of its work."""
+    def wrong_after_power_loss(self, calls: list[Call], ended: bool) -> Iterator[str]:
+        """Before anything is started after a loss of power; what was called before it."""
+        yield from ()
+
+    def wrong_in_the_end(self, promise: int, ended: Ended) -> Iterator[str]:
+        """After the same command was given again and did all of its work.
+
+        Args:
+            promise: what had been promised before (`promise`).
+        """
         if ended.code != 0:
             yield f"the same command then ends with {ended.code}: {_short(ended.output)}"
             return
@@ -112,7 +130,7 @@ class Scenario:
         found = self.holds()
         for key, value in self.right.items():
             if found.get(key) != value:
-                yield f"{key} is {_short(str(found.get(key)))} in place of {_short(str(value))}"
+                yield f"{key}: {_difference(value, found.get(key))}"
 
     def wrong_failure(self, ended: Ended) -> Iterator[str]:
         """A command with a failed call: one line that says what, or all of its work done."""
@@ -125,6 +143,22 @@ class Scenario:
             yield f"no error in one line, but exit code {ended.code} and {_short(ended.output)}"
         elif str(self.bench.root) not in errors[0]:
             yield f"the error names no file or folder: {errors[0]}"
+
+
+def _difference(right: Any, found: Any) -> str:
+    if isinstance(right, list) and isinstance(found, list):
+        lacks, more = Counter(right), Counter(found)
+        lacks, more = lacks - more, more - lacks
+        lines = [f"lacks {line}" for line in lacks] + [f"has {line} too often" for line in more]
+        if lines:
+            return ", ".join(lines)
+    return f"{_short(str(found))} in place of {_short(str(right))}"
+
+
+def _record(record: dict[str, Any]) -> str:
+    """What is the same in every run, of a line in metrics.jsonl."""
+    names = ("step", "loss", "grad_norm", "val_loss")
+    return " ".join(f"{name}={record[name]:.9g}" for name in names if name in record)
 
 
 def _short(text: str) -> str:
@@ -156,11 +190,18 @@ class Prepare(Scenario):
         assert data.tokenizer is not None
         return [str(data.train.sha256), str(data.val.sha256), str(data.tokenizer_hash)]
 
-    def wrong_in_the_end(self, broken: Ended, ended: Ended) -> Iterator[str]:
+    def promise(self, calls: list[Call], ended: bool) -> int:
+        return int(ended)
+
+    def wrong_after_power_loss(self, calls: list[Call], ended: bool) -> Iterator[str]:
+        if ended and self.hashes() != self.right["data"]:
+            yield f"the command had ended, but the data is not there: {self.hashes()}"
+
+    def wrong_in_the_end(self, promise: int, ended: Ended) -> Iterator[str]:
         if "holds a data set already" in ended.output:
             # it was there before the fault
             ended = ended._replace(code=0)
-        yield from super().wrong_in_the_end(broken, ended)
+        yield from super().wrong_in_the_end(promise, ended)
 
 
 class Overwrite(Prepare):
@@ -178,7 +219,18 @@ class Overwrite(Prepare):
     def command(self) -> list[str]:
         return [*super().command(), "--overwrite"]
 
+    def promise(self, calls: list[Call], ended: bool) -> int:
+        return 1  # the old data
+
+    def wrong_after_power_loss(self, calls: list[Call], ended: bool) -> Iterator[str]:
+        yield from super().wrong_after_power_loss(calls, ended)
+        yield from self.wrong_data()
+
     def wrong_at_once(self, ended: Ended) -> Iterator[str]:
+        yield from self.wrong_data()
+
+    def wrong_data(self) -> Iterator[str]:
+        """Neither the old data nor the new."""
         found = self.hashes()
         if self.exchange and found not in (self.old, self.right["data"]):
             yield f"neither the old data nor the new is there: {found}"
@@ -214,17 +266,20 @@ class Train(Scenario):
 
     def holds(self) -> dict[str, Any]:
         folder = self.folder
-        numbers = ("step", "loss", "grad_norm", "val_loss")
         found: dict[str, Any] = {
             "checkpoints": folder.steps(),
-            "metrics": [[r.get(name) for name in numbers] for r in folder.read_metrics()],
+            "metrics": [_record(record) for record in folder.read_metrics()],
         }
         for path in (folder.config, folder.tokenizer):
             found[path.name] = path.read_text() if path.exists() else None
         if folder.environment.exists():
             found["environment.json"] = sorted(json.loads(folder.environment.read_text()))
         for step in folder.steps():
-            found[f"step {step}"] = checkpoint.Checkpoint(folder.place(step)).digest()["all"]
+            try:
+                digest = checkpoint.Checkpoint(folder.place(step)).digest()["all"]
+            except CheckpointError as error:
+                digest = str(error)
+            found[f"step {step}"] = digest
         return found
 
     def listed(self) -> set[str]:
@@ -234,20 +289,16 @@ class Train(Scenario):
     def wrong_at_once(self, ended: Ended) -> Iterator[str]:
         yield from self.wrong_number(self.at_first(), ended)
 
-    def wrong_in_the_end(self, broken: Ended, ended: Ended) -> Iterator[str]:
-        yield from super().wrong_in_the_end(broken, ended)
-        yield from self.wrong_resumption(promised(broken.calls, self.promised()), ended)
-
-    def wrong_resumption(self, saved: int, ended: Ended) -> Iterator[str]:
-        """A save that had returned is never lost."""
+    def wrong_in_the_end(self, promise: int, ended: Ended) -> Iterator[str]:
+        yield from super().wrong_in_the_end(promise, ended)
         found = re.search(r"resuming from .* at step (\d+)", ended.output)
         step = int(found[1]) if found else 0
-        if step < saved:
-            yield f"step {saved} was saved, but the same command went on from step {step}"
+        if step < promise:
+            yield f"step {promise} was saved, but the same command went on from step {step}"
 
-    def promised(self) -> int:
-        """The newest step that was saved before this command; 0: none."""
-        return 0
+    def promise(self, calls: list[Call], ended: bool) -> int:
+        """The newest step whose save had returned."""
+        return max([0, *(int(c.path.split()[1]) for c in calls if c.kind == "mark")])
 
     def at_first(self) -> set[str]:
         """Names in checkpoints/ before the command."""
@@ -256,16 +307,10 @@ class Train(Scenario):
     def wrong_number(self, names: set[str], ended: Ended) -> Iterator[str]:
         """More than `keep` + 2 checkpoints at a time, whole or not, hidden or not."""
         place, most = str(self.folder.checkpoints), set(names)
-        for names in names_over_time(place, names, ended.calls):
-            most = max(most, names, key=len)
+        for found in names_over_time(place, names, ended.calls):
+            most = max(most, found, key=len)
         if len(most) > KEEP + 2:
             yield f"{len(most)} checkpoints at a time with keep={KEEP}: {', '.join(sorted(most))}"
-
-
-def promised(calls: list[Call], before: int) -> int:
-    """The newest step whose save had returned."""
-    steps = [int(call.path.split()[1]) for call in calls if call.kind == "mark"]
-    return max([before, *steps])
 
 
 def names_over_time(place: str, names: set[str], calls: list[Call]) -> Iterator[set[str]]:
@@ -297,8 +342,8 @@ class Resume(Train):
         found = checkpoint.Checkpoint(self.folder.place(self.stopped))
         assert found.about["val_loss"] is None
 
-    def promised(self) -> int:
-        return self.stopped
+    def promise(self, calls: list[Call], ended: bool) -> int:
+        return max(self.stopped, super().promise(calls, ended))
 
     def at_first(self) -> set[str]:
         return {
@@ -362,11 +407,17 @@ SCENARIOS: list[type[Scenario]] = [
 ]
 
 
-def note_saves() -> None:
-    """Let the log say when a save has returned, which is a promise."""
+def note_saves(planted: bool = False) -> None:
+    """Let the log say when a save has returned, which is a promise.
+
+    Args:
+        planted: remove an old checkpoint before the new one is written: a fault that has to be seen.
+    """
     write = checkpoint.write
 
     def write_and_mark(folder: Path, pieces: Any, about: Any, *rest: Any, **more: Any) -> None:
+        if planted:
+            shutil.rmtree(folder, ignore_errors=True)
         write(folder, pieces, about, *rest, **more)
         shim.mark(f"saved {about['step']}")
 

@@ -1,0 +1,59 @@
+"""Killed at any of its system calls, or with any of them failing, a command loses nothing.
+
+CUPYTRON_CALLS=all tries every error at every call (the acceptance run asks for that).
+"""
+
+import errno
+
+import pytest
+from syscalls import shim
+from syscalls.every_call import Fault, one_of_each_kind, try_fault
+from syscalls.parts import ALL, library, run_parts, wrong
+from syscalls.two_ranks import RankBench, TrainOnTwoRanks
+
+
+def test_a_kill_at_some_calls_loses_nothing(tmp_path):
+    found = run_parts("every_call", tmp_path, "few", "resume", workers=1, limit=110)
+    assert not wrong(found)
+    assert sum(part["faults"] for part in found) >= 5
+
+
+def test_a_planted_fault_is_seen(tmp_path):
+    # the old checkpoint is removed before the new one has its name
+    options = {"workers": 1, "limit": 110, "planted": True}
+    found = run_parts("every_call", tmp_path, "few", "resume", **options)
+    assert any(
+        "step 1 was saved, but the same command went on from step 0" in w for w in wrong(found)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600 if ALL else 1200)
+def test_kills_and_errors_at_every_call_lose_nothing(tmp_path):
+    found = run_parts("every_call", tmp_path, "all" if ALL else "most", limit=3500 if ALL else 1100)
+    lines = wrong(found)
+    assert not lines, "\n".join([f"{len(lines)} faults", *lines[:40]])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400 if ALL else 900)
+def test_two_ranks_lose_nothing(tmp_path):
+    """One call of each kind on rank 0, and of those on rank 1."""
+    scenario = TrainOnTwoRanks(RankBench(tmp_path, library(tmp_path)))
+    actions = [
+        (shim.KILL, 0),
+        (shim.FAIL_FROM_HERE, errno.ENOSPC),
+        (shim.FAIL, errno.EIO),
+    ]
+    lines = []
+    for rank in (0, 1):
+        scenario.bench.lay_out(scenario.name)
+        points = scenario.start(rank=rank).points
+        for number, point in enumerate(sorted(one_of_each_kind(points))):
+            for action, error in actions if ALL else [actions[number % len(actions)]]:
+                if action == shim.KILL and points[point].kind == "close":
+                    action, error = actions[1]
+                fault = Fault(point, action, error)
+                said = fault.describe(points[point], scenario.bench.root)
+                lines += [f"rank {rank} {said}: {w}" for w in try_fault(scenario, fault, rank=rank)]
+    assert not lines, "\n".join(lines)
