@@ -49,6 +49,7 @@ def test_two_ranks_lose_nothing(tmp_path):
     for rank in (0, 1):
         scenario.bench.lay_out(scenario.name)
         points = scenario.start(rank=rank).points
+        assert {"open", "write", "fsync"} <= {call.kind for call in points}
         for number, point in enumerate(sorted(one_of_each_kind(points))):
             for action, error in actions if ALL else [actions[number % len(actions)]]:
                 if action == shim.KILL and points[point].kind == "close":

@@ -56,12 +56,16 @@ class Bench:
 
     def keep(self, name: str) -> None:
         """Remember the root as it is."""
-        shutil.copytree(self.root, self._states / name)
+        shutil.copytree(self.root, self.kept(name))
+
+    def kept(self, name: str) -> Path:
+        """Where a state of the root was kept."""
+        return self._states / name
 
     def lay_out(self, name: str) -> None:
         """Make the root what it was when it was kept under this name."""
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(self._states / name, self.root)
+        shutil.copytree(self.kept(name), self.root)
 
     def run(
         self, command: list[str], prelude: Callable[[], Any] | None = None, **armed: Any

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from syscalls import shim
 from syscalls.bench import Bench
-from syscalls.scenarios import SCENARIOS, Scenario, Train, note_saves
+from syscalls.scenarios import SCENARIOS, Scenario, Train, note_saves, spare
 from syscalls.shim import Call
 
+NAMES = ("mkdir", "rename", "unlink", "rmdir")
 FEW = ("mkdir", "write", "fsync", "rename", "exchange", "unlink")
 OTHER_ERRORS = (errno.EDQUOT, errno.ESTALE, errno.EROFS)
 
@@ -45,15 +46,18 @@ class Fault(NamedTuple):
         return f"{did} call {self.point}, {call.kind} {os.path.relpath(call.path, root)}{other}"
 
 
-def faults(points: list[Call], depth: str) -> Iterator[Fault]:
-    """What is tried at the calls of a command.
+def faults(scenario: Scenario, depth: str) -> Iterator[Fault]:
+    """What is tried at the calls of a scenario's command.
 
     Args:
         depth: "few": a kill at one call of some kinds. "most": kills, ENOSPC and EIO at every call, other
             errors at one call of each kind. "all": every error at every call.
     """
+    points = scenario.unbroken.points
     one_each = one_of_each_kind(points)
     for point, call in enumerate(points):
+        if depth == "most" and not scenario.exchange and call.kind not in NAMES:
+            continue  # these are as where names can be exchanged
         if depth == "few":
             if point in one_each and call.kind in FEW:
                 yield Fault(point, shim.KILL)
@@ -95,7 +99,7 @@ def try_fault(scenario: Scenario, fault: Fault, **more: Any) -> Iterator[str]:
     again = scenario.start()
     yield from scenario.wrong_in_the_end(scenario.promise(ended.calls, ended.code == 0), again)
     if isinstance(scenario, Train):
-        yield from scenario.wrong_number(before, again)
+        yield from scenario.wrong_number(before, again, spare(ended.calls))
 
 
 def names_in(scenario: Scenario) -> set[str]:
@@ -122,7 +126,7 @@ def main(place: str, depth: str, part: str, parts: str, *only: str) -> None:
         kinds.update(
             {f"{kind.name}: {what}": n for what, n in Counter(c.kind for c in points).items()}
         )
-        for number, fault in enumerate(faults(points, depth)):
+        for number, fault in enumerate(faults(scenario, depth)):
             if number % int(parts) != int(part):
                 continue
             tried += 1
