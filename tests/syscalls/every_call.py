@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from syscalls import shim
 from syscalls.bench import Bench
-from syscalls.scenarios import SCENARIOS, Scenario, Train, note_saves, spare
+from syscalls.scenario import Scenario
+from syscalls.scenario_run import Train, spare
+from syscalls.scenarios import SCENARIOS, note_saves
 from syscalls.shim import Call
 
 NAMES = ("mkdir", "rename", "unlink", "rmdir")
@@ -131,7 +133,9 @@ def main(place: str, depth: str, part: str, parts: str, *only: str) -> None:
                 continue
             tried += 1
             said = fault.describe(points[fault.point], bench.root)
-            wrong += [f"{kind.name}: {said}: {line}" for line in try_fault(scenario, fault)]
+            for line in try_fault(scenario, fault):
+                wrong.append(f"{kind.name}: {said}: {line}")
+                print(wrong[-1], file=sys.stderr, flush=True)
     found = {
         "faults": tried,
         "starts": bench.starts,

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from syscalls.bench import Bench
 from syscalls.disk import Disk, State, state_hash, write_state
-from syscalls.scenarios import LEFT, SCENARIOS, Scenario, note_saves
+from syscalls.scenario import LEFT, Scenario
+from syscalls.scenarios import SCENARIOS, note_saves
 from syscalls.shim import Call
 
 SUBSETS = 2  # states with some of the changes of names, after each call
@@ -99,7 +100,9 @@ def main(place: str, most: str, part: str, parts: str, *only: str) -> None:
         for loss in chosen[int(part) :: int(parts)]:
             found["tried"] += 1
             said = describe(loss, bench.root)
-            found["wrong"] += [f"{kind.name}: {said}: {line}" for line in try_loss(scenario, loss)]
+            for line in try_loss(scenario, loss):
+                found["wrong"].append(f"{kind.name}: {said}: {line}")
+                print(found["wrong"][-1], file=sys.stderr, flush=True)
     found["starts"], found["seconds"] = bench.starts, round(time.monotonic() - began, 1)
     print(json.dumps(found))
 

@@ -9,7 +9,8 @@ import runs
 from launchers import launch
 from syscalls import shim
 from syscalls.bench import Bench, Ended
-from syscalls.scenarios import TEXT, Train
+from syscalls.scenario_data import TEXT
+from syscalls.scenario_run import Train
 from syscalls.shim import Call
 
 from cupytron.data import prepare_dataset
