@@ -41,7 +41,7 @@ def run_parts(
         only: names of scenarios; none: all.
         limit: seconds that all of it may take.
         workers: processes.
-        planted: with the planted fault of `scenarios.note_saves` or `power_loss.main`.
+        planted: also try the script's planted fault.
     """
     path = Path(__file__).with_name(f"{script}.py")
     environment = {
@@ -71,6 +71,11 @@ def run_parts(
     return [json.loads(output.strip().splitlines()[-1]) for output in outputs]
 
 
-def wrong(found: list[dict[str, Any]]) -> list[str]:
-    """The lines about everything wrong."""
-    return [line for part in found for line in part["wrong"]]
+def lines(found: list[dict[str, Any]], key: str = "wrong") -> list[str]:
+    """The lines about everything wrong: of the project, or with a planted fault ("planted")."""
+    return [line for part in found for line in part[key]]
+
+
+def shown(wrong: list[str]) -> str:
+    """A message for a test that fails."""
+    return "\n".join([f"{len(wrong)} faults", *wrong[:40]])

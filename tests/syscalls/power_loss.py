@@ -4,7 +4,8 @@
 
 PLACE is a folder to work in. MOST: how many states are tried of each command, chosen at random; 0: all.
 PARTS processes share the work; this one has PART, from 0. Prints one JSON object: how many states there
-are and how many were tried, and a line for everything wrong.
+are and how many were tried, and a line for everything wrong. CUPYTRON_PLANTED=yes: all of it once more with
+a planted fault, which has to be seen ("planted").
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from syscalls.bench import Bench
 from syscalls.disk import Disk, State, state_hash, write_state
 from syscalls.scenario import LEFT, Scenario
-from syscalls.scenarios import SCENARIOS, note_saves
+from syscalls.scenarios import SCENARIOS, note_saves, nothing_synced, planted
 from syscalls.shim import Call
 
 SUBSETS = 2  # states with some of the changes of names, after each call
@@ -80,34 +81,43 @@ def describe(loss: Loss, root: Path) -> str:
     return f"{loss.how}, after call {len(loss.calls)}, {call.kind} {path}"
 
 
+def try_losses(scenario: Scenario, chosen: Iterable[Loss]) -> list[str]:
+    """A line for everything wrong in each of the states; they are shown as they are found, too."""
+    wrong = []
+    for loss in chosen:
+        said = describe(loss, scenario.bench.root)
+        for line in try_loss(scenario, loss):
+            wrong.append(f"{scenario.name}: {said}: {line}")
+            print(wrong[-1], file=sys.stderr, flush=True)
+    return wrong
+
+
+def choose(scenario: Scenario, most: int, part: int, parts: int) -> tuple[int, list[Loss]]:
+    """How many states are this part's, and those that it tries."""
+    draw = random.Random(scenario.name)
+    # lengths differ a little between the processes, the numbers of calls do not
+    states = [loss for loss in losses(scenario, draw, SUBSETS) if len(loss.calls) % parts == part]
+    return len(states), draw.sample(states, min(most // parts or len(states), len(states)))
+
+
 def main(place: str, most: str, part: str, parts: str, *only: str) -> None:
     began = time.monotonic()
     note_saves()
-    if os.environ.get("CUPYTRON_PLANTED"):
-        os.fsync = lambda descriptor: None  # a fault that has to be seen
     bench = Bench(Path(place).resolve())
-    found: dict[str, Any] = {"states": {}, "tried": 0, "wrong": []}
+    found: dict[str, Any] = {"states": {}, "tried": 0, "wrong": [], "planted": []}
     for kind in SCENARIOS:
         if only and kind.name not in only:
             continue
         scenario = kind(bench)
         bench.lay_out(scenario.name)
         bench.import_what_it_imports(scenario.command())
-        draw = random.Random(kind.name)
-        # lengths differ a little between the processes, the numbers of calls do not
-        states = [
-            loss
-            for loss in losses(scenario, draw, SUBSETS)
-            if len(loss.calls) % int(parts) == int(part)
-        ]
-        found["states"][kind.name] = len(states)
-        number = min(int(most) // int(parts), len(states)) if int(most) else len(states)
-        for loss in draw.sample(states, number):
-            found["tried"] += 1
-            said = describe(loss, bench.root)
-            for line in try_loss(scenario, loss):
-                found["wrong"].append(f"{kind.name}: {said}: {line}")
-                print(found["wrong"][-1], file=sys.stderr, flush=True)
+        found["states"][kind.name], chosen = choose(scenario, int(most), int(part), int(parts))
+        found["tried"] += len(chosen)
+        found["wrong"] += try_losses(scenario, chosen)
+        if planted():
+            with nothing_synced():
+                _, chosen = choose(scenario, int(most), int(part), int(parts))
+                found["planted"] += try_losses(scenario, chosen)
     found["starts"], found["seconds"] = bench.starts, round(time.monotonic() - began, 1)
     print(json.dumps(found))
 

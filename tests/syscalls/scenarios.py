@@ -1,6 +1,9 @@
 """All scenarios, and the log's marks of what was promised."""
 
+import contextlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,47 @@ SCENARIOS: list[type[Scenario]] = [
 ]
 
 
-def note_saves(planted: bool = False) -> None:
-    """Let the log say when a save has returned, which is a promise.
-
-    Args:
-        planted: remove an old checkpoint before the new one is written: a fault that has to be seen.
-    """
+def note_saves() -> None:
+    """Let the log say when a save has returned, which is a promise."""
     write = checkpoint.write
 
     def write_and_mark(folder: Path, pieces: Any, about: Any, *rest: Any, **more: Any) -> None:
-        if planted:
-            shutil.rmtree(folder, ignore_errors=True)
         write(folder, pieces, about, *rest, **more)
         shim.mark(f"saved {about['step']}")
 
     checkpoint.write = write_and_mark
+
+
+# planted faults, which have to be seen: a check that sees nothing would pass
+
+
+def planted() -> bool:
+    """Whether the scripts shall try them, too."""
+    return bool(os.environ.get("CUPYTRON_PLANTED"))
+
+
+@contextlib.contextmanager
+def old_checkpoints_removed_first() -> Iterator[None]:
+    """A save removes the checkpoint that it replaces before it begins."""
+    write = checkpoint.write
+
+    def remove_and_write(folder: Path, *rest: Any, **more: Any) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder, *rest, **more)
+
+    checkpoint.write = remove_and_write
+    try:
+        yield
+    finally:
+        checkpoint.write = write
+
+
+@contextlib.contextmanager
+def nothing_synced() -> Iterator[None]:
+    """Nothing is ever synced."""
+    fsync = os.fsync
+    os.fsync = lambda descriptor: None
+    try:
+        yield
+    finally:
+        os.fsync = fsync
