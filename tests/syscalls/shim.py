@@ -37,7 +37,17 @@ def build(folder: Path) -> Path | None:
     if compiler is None:
         return None
     library = folder / "shim.so"
-    command = [compiler, "-x", "c", "-std=gnu11", "-O1", "-Wall", "-shared", "-fPIC"]
+    command = [
+        compiler,
+        "-x",
+        "c",
+        "-std=gnu11",
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-Wall",
+        "-shared",
+        "-fPIC",
+    ]
     subprocess.run([*command, "-o", library, SOURCE, "-ldl"], check=True, timeout=120)
     return library
 
