@@ -69,6 +69,7 @@ def train(
         raise ConfigError("--out is empty; give the folder that the run is to have")
     folder, world = RunFolder(out), world or SelfCommunicator()
     with mesh_run.watched(world, config.parallel.timeout):
+        mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
         return _train(config, folder, environment, resume, init_from, quiet, world, trace)
 
 
@@ -83,9 +84,6 @@ def _train(
     trace: tuple[int, int] | None,
 ) -> Outcome:
     """As train, with all its arguments given."""
-    mesh_run.check_alike(
-        world, out=str(folder.path), resume=resume, init=str(init_from), trace=trace
-    )
     # before settings are compared: a rank that does not see the run has other settings for that reason
     folder.compare_steps(world)
     if config.data.path is None:
