@@ -23,7 +23,7 @@ STUCK = 66  # exit code: no progress for too long
 DEFAULT_TIMEOUT = 600.0  # seconds, until the settings are known
 PATIENCE = 10  # timeouts that a call gets which tells nothing meanwhile, such as an fsync
 _LATER = 1.0  # seconds that a rank which waits for others leaves them to speak first
-_SKEW = 4.0  # more of them where MPI begins and ends: ranks may come to it at different times
+_SKEW = 4.0  # more of them at the start, and where MPI begins and ends: ranks come there at different times
 
 
 class _Other:
@@ -93,7 +93,8 @@ class Watchdog:
         patience = min(4.0, _LATER + 0.4 * self.rank)
         if not progress.waits_for():
             limit = self.timeout * (PATIENCE if progress.slow() else 1)
-            if self._idle >= limit:
+            # while modules are loaded, what they build tells nothing
+            if self._idle >= limit + (0.0 if self.has_met else _SKEW):
                 return f"no progress for {limit:g} seconds {me}"
         for other in self._others.values():
             if other.silent >= self.timeout + (patience if self.rank else 0.0):

@@ -156,6 +156,7 @@ class TestLooking:
 
     def dog(self, rank=0, size=2):
         found = Watchdog(10.0, rank, size)
+        found.has_met = True
         found.look(1, [])
         return found
 
@@ -170,6 +171,11 @@ class TestLooking:
         progress.note(7, "saving")
         tick, verdict = self.looks(self.dog(), 30)
         assert tick == 10 and verdict == "no progress for 10 seconds (after step 7, saving)"
+
+    def test_one_that_still_loads_modules_is_given_a_little_more(self):
+        dog = self.dog()
+        dog.has_met = False
+        assert self.looks(dog, 30)[0] == 14
 
     def test_one_with_progress_is_not(self):
         dog = self.dog()
