@@ -33,8 +33,11 @@ def abort(code: int, patience: int = PATIENCE) -> NoReturn:
             stream.flush()
     if launched_tasks() > 1:
         time.sleep(_HEARD)
-        # while MPI begins or ends it takes no calls, and a process that ends there ends the job
-        if progress.waits_for() not in progress.MPI_ITSELF:
+        # while MPI begins or ends it takes no calls, and a process that ends there ends the job; but it may
+        # take MPICH's launcher with it, and what that has not passed on yet
+        if progress.waits_for() in progress.MPI_ITSELF:
+            time.sleep(2 * _HEARD)
+        else:
             with contextlib.suppress(BaseException):
                 _join_mpi(patience).COMM_WORLD.Abort(code)
     os._exit(code)

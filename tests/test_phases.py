@@ -101,7 +101,9 @@ def check_ends(folder, data, phase, kind, rank, name):
         assert re.search(r"no progress for 3 seconds \(after step \d", job.messages[0])
     else:
         assert job.code == 1, job.output
-        assert f"error: rank {rank}: RuntimeError: made to fail" in job.messages[0]
+        # where all ranks do something together, each of them knows whose failure it was
+        said = f"error: rank {rank}: RuntimeError|ended because rank {rank} failed: RuntimeError"
+        assert re.search(f"({said}): made to fail", job.messages[0]), job.messages
 
 
 @pytest.mark.slow
