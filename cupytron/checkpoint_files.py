@@ -29,7 +29,8 @@ from cupytron.reading import NotAFile, again, open_file
 T = TypeVar("T")
 
 _NAME = re.compile(r"rank-\d{5,}\.safetensors")
-_BLOCK = 1 << 22  # bytes read at a time
+_BLOCK = 1 << 22  # bytes of values read at a time
+_HASHED = 1 << 18  # bytes hashed at a time: they stay in the processor's cache
 
 
 class _Entry(NamedTuple):
@@ -169,10 +170,9 @@ class CheckpointFiles:
 
     def _verified_head(self, file: BinaryIO, entry: _Entry) -> bytes:
         head = self._head(file, entry)
-        digest, left = hashlib.sha256(head), entry.bytes - len(head)
-        while left and (block := file.read(min(left, _BLOCK))):
-            digest.update(block)
-            left -= len(block)
+        digest, block = hashlib.sha256(head), memoryview(bytearray(_HASHED))
+        while count := file.readinto(block):
+            digest.update(block[:count])
             progress.beat()
         if digest.hexdigest() != entry.sha256:
             raise self.damaged(f"{entry.name} is damaged: it does not match its SHA-256")
