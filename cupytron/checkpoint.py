@@ -206,7 +206,7 @@ class Checkpoint:
         tables = world.gather_objects(table if sharing[0] == 0 else None)
         together(world, lambda: self._take([t for t in tables if t is not None]))
         names = list(self._by_tensor())[world.rank :: world.size]
-        together(world, lambda: [self._check_tiled(name) for name in names])
+        together(world, lambda: self._check_all_tiled(names))
         self._tiled.update(self._by_tensor())
         self._verified = True
 
@@ -230,6 +230,10 @@ class Checkpoint:
             self._take([self._files.table(range(len(self._files)))])
         assert self._tensors is not None
         return self._tensors
+
+    def _check_all_tiled(self, tensors: Iterable[str]) -> None:
+        for tensor in tensors:
+            self._check_tiled(tensor)
 
     def _check_tiled(self, tensor: str) -> None:
         if tensor in self._tiled:

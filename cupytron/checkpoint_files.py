@@ -5,12 +5,14 @@ removed or replaced by the run beside which it is read.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -80,7 +82,7 @@ class CheckpointFiles:
         # blocks: a single read gives 2 GiB at most
         view = out.view(np.uint8)
 
-        def fill(file: BinaryIO) -> None:
+        def fill(file: BufferedReader) -> None:
             file.seek(offset)
             for at in range(0, len(view), _BLOCK):
                 block = view[at : at + _BLOCK]
@@ -111,7 +113,7 @@ class CheckpointFiles:
         self.identity = now.identity  # a copy of it came back
         return None
 
-    def _with_file(self, entry: _Entry, work: Callable[[BinaryIO], T]) -> T:
+    def _with_file(self, entry: _Entry, work: Callable[[BufferedReader], T]) -> T:
         """work(file), and the right error if that fails."""
 
         def opened() -> T:
@@ -133,13 +135,13 @@ class CheckpointFiles:
         raise self._gone() or problem
 
     def _tables(
-        self, numbers: Iterable[int], head_of: Callable[[BinaryIO, _Entry], bytes]
+        self, numbers: Iterable[int], head_of: Callable[[_Entry, BufferedReader], bytes]
     ) -> PieceTable:
-        """The pieces of files whose beginnings come from head_of(file, entry)."""
+        """The pieces of files whose beginnings come from head_of(entry, file)."""
         tables = []
         for number in numbers:
             entry = self._entries[number]
-            head = self._with_file(entry, lambda file, entry=entry: head_of(file, entry))
+            head = self._with_file(entry, functools.partial(head_of, entry))
             try:
                 if entry.pieces is None:
                     pieces, offsets = parse_header(head)
@@ -154,7 +156,7 @@ class CheckpointFiles:
         except ValueError as error:
             raise self.damaged(f"{error}") from None
 
-    def _head(self, file: BinaryIO, entry: _Entry) -> bytes:
+    def _head(self, entry: _Entry, file: BufferedReader) -> bytes:
         """The beginning of a file: the eight bytes of the header's length, and the header."""
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
@@ -168,8 +170,8 @@ class CheckpointFiles:
             raise self.damaged(f"{entry.name} is damaged: its header does not match its SHA-256")
         return head
 
-    def _verified_head(self, file: BinaryIO, entry: _Entry) -> bytes:
-        head = self._head(file, entry)
+    def _verified_head(self, entry: _Entry, file: BufferedReader) -> bytes:
+        head = self._head(entry, file)
         digest, block = hashlib.sha256(head), memoryview(bytearray(_HASHED))
         while count := file.readinto(block):
             digest.update(block[:count])

@@ -5,8 +5,9 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ class NotAFile(OSError):
     """A folder, a pipe or a device stands where a file should."""
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file for reading; a pipe or a device is not opened, since that may wait for ever.
 
     Raises:

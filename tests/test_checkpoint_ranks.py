@@ -210,9 +210,9 @@ def test_files_are_hashed_once_by_those_who_share_them(tmp_path, monkeypatch, co
     hashed, headers = [], []
     verified_head, table = CheckpointFiles._verified_head, CheckpointFiles.table
 
-    def noted(self, file, entry):
+    def noted(self, entry, file):
         hashed.append((self.folder.name, entry.name))
-        return verified_head(self, file, entry)
+        return verified_head(self, entry, file)
 
     def listed(self, numbers):
         headers.append(numbers)
