@@ -80,7 +80,7 @@ class CheckpointFiles:
         """Fill a one-dimensional array with what stands from a byte of a file on."""
         entry = self._entries[number]
         # blocks: a single read gives 2 GiB at most
-        view = out.view(np.uint8)
+        view = out.view(np.uint8).data
 
         def fill(file: BufferedReader) -> None:
             file.seek(offset)
