@@ -12,7 +12,7 @@ from runs import ENVIRONMENT, TEXT, make_data, run_here
 from cupytron.cli.options import Settings
 from cupytron.comm import run_ranks
 from cupytron.config import load_config
-from cupytron.errors import CheckpointError
+from cupytron.errors import CheckpointError, UnreadableCheckpoint
 from cupytron.history import damage, ranges
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
@@ -182,7 +182,10 @@ def test_eval_says_that_the_data_set_is_another_one(out, other_data):
 # checkpoints
 
 
-def test_a_run_that_has_saved_and_lost_its_checkpoints_is_not_begun_again(out, data, finished):
+def test_a_run_that_has_saved_and_lost_its_checkpoints_is_not_begun_again(
+    out, data, finished, monkeypatch
+):
+    monkeypatch.setattr("cupytron.agreement.PAUSES", (0.001,))
     kept = {path.name: path.read_bytes() for path in out.path.iterdir() if path.is_file()}
     out.checkpoints.rename(out.path / "elsewhere")
     for make in (lambda: None, out.checkpoints.mkdir):
@@ -220,6 +223,37 @@ def test_checkpoints_that_were_set_aside_stay(out, data):
         "step-00000004",
         "step-00000008",
     ]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_neither_passed_over_nor_removed(
+    out, data, monkeypatch
+):
+    see = RunFolder.see
+    hidden = {8}
+
+    def stale(self, step):
+        if step in hidden:
+            return UnreadableCheckpoint(f"{self.place(step)}: Stale file handle")
+        return see(self, step)
+
+    monkeypatch.setattr(RunFolder, "see", stale)
+    for work in (
+        lambda: out.newest(print),
+        lambda: out.find("best or last", print),
+        lambda: run_here(data, out.path, *SHORT),
+    ):
+        with pytest.raises(UnreadableCheckpoint, match="Stale file handle"):
+            work()
+    assert sorted(path.name for path in out.checkpoints.iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+    ]
+    hidden = {4}
+    out.prune(1)
+    assert out.steps() == [4, 8]  # it may be the best one
+    hidden = set()
+    out.prune(1)
+    assert 8 in out.steps()
 
 
 # metrics
