@@ -200,10 +200,9 @@ def data_vocabulary(config: "RunConfig") -> int | None:
     """The vocabulary of the settings' data set, if it is wanted: they may name none, or have their own."""
     if not config.data.path or config.model.vocab_size is not None:
         return None
-    from cupytron import progress
     from cupytron.data import open_dataset
 
-    return open_dataset(config.data.path, beat=progress.beat).vocab_size
+    return open_dataset(config.data.path).vocab_size
 
 
 def prepare_for_run(run: str) -> None:
