@@ -2,7 +2,8 @@
 
     .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
 
-Names: clone gradients torch kills damage mesh sweep pipelines memory failing gpu slower shakespeare bench
+Names: clone gradients torch kills damage calls readers mesh sweep pipelines memory failing gpu slower
+shakespeare bench
 (default: all). A check that fails does not stop the others; the exit code is 1 if one failed. The corpus is
 ../shared/data/tinyshakespeare.txt, the file in $SHAKESPEARE, or a download.
 """
@@ -173,6 +174,17 @@ def damage(log: Log) -> None:
     pytest(log, "tests/test_checkpoint.py", "tests/test_config_errors.py")
 
 
+def calls(log: Log) -> None:
+    """Every error at every system call that changes files, and all states of a disk without power."""
+    pytest(log, "tests/test_every_call.py", "tests/test_power_loss.py", "--timeout=3600",
+           CUPYTRON_CALLS="all")  # fmt: skip
+
+
+def readers(log: Log) -> None:
+    """1,000 calls of eval, sample, verify and report beside a run that keeps one checkpoint."""
+    pytest(log, "tests/test_readers.py", "--timeout=3600", CUPYTRON_READERS="1000")
+
+
 def mesh(log: Log) -> None:
     """Drawn meshes, planted bugs, costs; deterministic runs at dp=1, 2, 4, 8 and every ZeRO stage."""
     pytest(
@@ -224,8 +236,9 @@ def memory(log: Log) -> None:
 
 
 def failing(log: Log) -> None:
-    """24 injected failures under MPICH and under Open MPI."""
-    pytest(log, "tests/test_failing.py", "--timeout=300", CUPYTRON_FAILURES="all")
+    """Injected failures under MPICH and Open MPI; a rank that stops or fails in any phase."""
+    pytest(log, "tests/test_failing.py", "tests/test_phases.py", "--timeout=300",
+           CUPYTRON_FAILURES="all")  # fmt: skip
 
 
 def bench(log: Log) -> None:
@@ -271,6 +284,8 @@ CHECKS: dict[str, Callable[[Log], None]] = {
         torch,
         kills,
         damage,
+        calls,
+        readers,
         mesh,
         sweep,
         pipelines,
