@@ -147,7 +147,7 @@ def prepare_folder(
 
     Returns: metrics.jsonl for writing, and the best validation loss so far.
     """
-    step, best = -1, None
+    step, best, wrong = -1, None, None
     if found:
         step = found.step
         folder.note_saved(step)
@@ -165,7 +165,11 @@ def prepare_folder(
         if found and not _holds(folder.tokenizer, content):
             warn(f"{folder.tokenizer} is not the run's tokenizer; it is written again")
         folder.write(folder.tokenizer, content)
-    folder.keep_metrics(step)
+    seal = found.about.get("metrics") if found and not wrong else None
+    folder.keep_metrics(step, seal["bytes"] if seal else None)
+    if found:
+        # the save that was resumed may have been cut short before it removed older ones
+        folder.prune(config.checkpoint.keep)
     return MetricsWriter(folder.metrics), best.about["val_loss"] if best else math.inf
 
 

@@ -13,6 +13,21 @@ from cupytron.durable import sync, sync_folder
 from cupytron.errors import CupytronError
 from cupytron.run_checkpoints import RunCheckpoints
 
+# files of the folder that are replaced as a whole; a kill may leave their temporary ones
+_REPLACED = (
+    "config.toml",
+    "environment.json",
+    "tokenizer.json",
+    "metrics*.jsonl",
+    "saved",
+    "trace.json",
+)
+
+
+def temporary(path: Path) -> Path:
+    """Where the new content of a file is written, before it takes the file's place."""
+    return path.with_name(f".{path.name}.tmp")
+
 
 class RunFolder(RunCheckpoints):
     """RUN/ with config.toml, environment.json, tokenizer.json, metrics.jsonl and checkpoints/."""
@@ -65,6 +80,9 @@ class RunFolder(RunCheckpoints):
         Returns: lines that tell of it.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for name in _REPLACED:
+            for left in self.path.glob(temporary(Path(name)).name):
+                left.unlink(missing_ok=True)
         return checkpoint.recover(self.checkpoints)
 
     def note_saved(self, step: int) -> None:
@@ -98,19 +116,24 @@ class RunFolder(RunCheckpoints):
 
     def write(self, path: Path, content: str) -> None:
         """Write one of the folder's files; a reader sees the old content or the new."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        new = temporary(path)
+        with open(new, "w", encoding="utf-8") as file:
             file.write(content)
             sync(file)
-        temporary.replace(path)
+        new.replace(path)
         sync_folder(path.parent)
 
     # metrics
 
-    def keep_metrics(self, last_step: int) -> None:
-        """Drop from metrics.jsonl what was recorded after `last_step`, and lines that cannot be read."""
+    def keep_metrics(self, last_step: int, size: int | None = None) -> None:
+        """Drop from metrics.jsonl what was recorded after `last_step`, and lines that cannot be read.
+
+        Args:
+            size: bytes of it that the checkpoint of that step has sealed; what lies beyond them was
+                recorded after the save. None: not known.
+        """
         if self.metrics.exists():
-            kept = [line for step, line in self._steps_of_lines() if step <= last_step]
+            kept = [line for step, line in self._steps_of_lines(size) if step <= last_step]
             self.write(self.metrics, "".join(kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -121,8 +144,8 @@ class RunFolder(RunCheckpoints):
             return []
         return [record for record, _ in records(content) if record is not None]
 
-    def _steps_of_lines(self) -> Iterator[tuple[int, str]]:
-        for record, line in records(self.metrics.read_bytes()):
+    def _steps_of_lines(self, size: int | None) -> Iterator[tuple[int, str]]:
+        for record, line in records(self.metrics.read_bytes()[:size]):
             step = record.get("step") if record is not None else None
             if isinstance(step, int):
                 yield step, line.decode()

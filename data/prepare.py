@@ -79,16 +79,25 @@ def prepare_dataset(
     out = Path(os.path.realpath(out))
     notes = remove_dead(out, report)
     _check_output(out, overwrite)
-    with OrderlyStop() as stop, WorkFolder(out) as work:
-        with stop.released():
-            opened, found = _open_sources(sources, text_field, bin_dtype, work)
-            choice = _tokenizer(tokenizer, vocab_size, opened, separator, report)
-            names = [str(source) for source in sources]
-            size = choice.vocab_size if choice else vocab_size
-            assert size is not None
-            written = write_dataset(work.new, opened, choice, size, val_fraction, names, report)
-        _check_output(out, overwrite)
-        work.publish()
+    try:
+        with OrderlyStop() as stop, WorkFolder(out) as work:
+            with stop.released():
+                opened, found = _open_sources(sources, text_field, bin_dtype, work)
+                choice = _tokenizer(tokenizer, vocab_size, opened, separator, report)
+                names = [str(source) for source in sources]
+                size = choice.vocab_size if choice else vocab_size
+                assert size is not None
+                written = write_dataset(work.new, opened, choice, size, val_fraction, names, report)
+            _check_output(out, overwrite)
+            work.publish()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # the errors of an open file do not name it
+        raise DataError(
+            f"{out}: {error.strerror or error}, while the data set was written; make room there, and give "
+            "the same command again"
+        ) from error
     notes += [*found, *_notes(tokenizer, choice), *written.notes, *work.notes]
     return Prepared(out, written.train, written.val, notes)
 

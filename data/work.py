@@ -50,9 +50,11 @@ class WorkFolder:
 
     def __exit__(self, *_: object) -> None:
         assert self._lock is not None
-        with self._lock:
-            _bring_back(self.path, self.out)
-            self.notes += _remove(self.path)
+        _bring_back(self.path, self.out)
+        self.notes += _remove(self.path)
+        with contextlib.suppress(OSError):
+            # a network file system may tell of an error here, when all is done
+            self._lock.close()
 
     def publish(self) -> None:
         """Give what is in `new` the output's name, on disk; what had the name goes with this folder.
