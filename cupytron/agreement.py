@@ -1,7 +1,7 @@
 """Ranks compare what they see of a run's checkpoints, before they use one of them together.
 
-Network file systems keep old lists for seconds. So ranks that see different things look again for a while,
-and then all refuse with one error, which names the rank.
+A network file system may show old lists of names for seconds. So ranks that see different things look again
+for a while. If they still differ, all of them refuse with one error, which names the rank.
 """
 
 import platform
@@ -25,7 +25,12 @@ _SHARE = "put the run's folder on a file system that all ranks share"
 
 
 class View(NamedTuple):
-    """What one rank sees, and the name of its machine."""
+    """What one rank sees.
+
+    Attributes:
+        host: the name of its machine.
+        what: the value that its `look` returned.
+    """
 
     host: str
     what: Any
@@ -36,11 +41,14 @@ def agree(
     look: Callable[[], Any],
     differ: Callable[[Sequence[View]], CheckpointError | None],
 ) -> list[View]:
-    """What each rank sees, once that agrees. Collective.
+    """Let every rank look until the ranks' views agree. Collective.
 
     Args:
-        look: what this rank sees.
-        differ: the error that says how the ranks' views differ; None if they agree.
+        world: the ranks.
+        look: returns what this rank sees; it is called again while the views differ.
+        differ: returns the error that says how the views differ; None if they agree.
+
+    Returns: each rank's view, in the order of the ranks.
 
     Raises:
         CheckpointError: they do not agree after some seconds; the same on every rank.
@@ -61,7 +69,7 @@ def agree(
 def lists_differ(run: Path, views: Sequence[View]) -> CheckpointError | None:
     """How the ranks' lists of steps differ; None if all see the same newest one, or all see none.
 
-    Older steps are not compared: those that are not used may have been removed, and be seen for a while.
+    Older steps are not compared: a rank may still see one that has just been removed.
     """
     newest = max((steps[-1] for _, steps in views if steps), default=None)
     sees = [newest in steps for _, steps in views]
@@ -83,7 +91,7 @@ def manifests_differ(place: Path, views: Sequence[View]) -> CheckpointError | No
     """
     kinds = [kind for _, (kind, _) in views]
     if UnreadableCheckpoint in kinds:
-        return None  # it has been tried again already
+        return None  # reading it has been tried again already
     if GoneCheckpoint in kinds and set(kinds) != {GoneCheckpoint}:
         rank = kinds.index(GoneCheckpoint)
         seer = next(i for i, kind in enumerate(kinds) if kind is not GoneCheckpoint)

@@ -1,7 +1,7 @@
 """Whether metrics.jsonl still holds what it held when a checkpoint was saved.
 
-A checkpoint seals the length and the SHA-256 of metrics.jsonl. What was written later belongs to steps
-that a resumed run trains again. So a half last line of a killed run lies beyond the seal, and is no damage.
+A checkpoint seals the length and the SHA-256 of metrics.jsonl. Later lines belong to steps that a resumed
+run trains again. A last line that a kill cut in half lies beyond the seal, so it is no damage.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from cupytron.run_folder import RunFolder, records
 
 
 def damage(folder: RunFolder, found: Checkpoint) -> str | None:
-    """How metrics.jsonl differs from what a checkpoint seals of it; None if it does not.
+    """How metrics.jsonl differs from the part of it that a checkpoint seals; None if it does not.
 
-    If some of its lines cannot be read, a copy of it is kept, since a resumed run writes those away.
+    If some of its lines cannot be read, a copy of it is kept, since a resumed run drops those lines.
     """
     sealed = found.about.get("metrics")
     if not isinstance(sealed, dict):
-        return None  # a version without the seal saved it
+        return None  # an earlier version saved the checkpoint, and sealed no metrics
     path = folder.metrics
     if not path.exists():
         return f"{path} is missing: the records of steps 1 to {found.step} are lost"
@@ -47,14 +47,14 @@ def damage(folder: RunFolder, found: Checkpoint) -> str | None:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in order as a reader wants them: 1-3, 7, 9-12."""
+    """Ascending numbers as text, with those that follow each other drawn together: 1-3, 7, 9-12."""
     return ", ".join(
         str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers)
     )
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of numbers that follow each other."""
+    """The first and the last of all numbers that follow each other without a gap."""
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
         yield run[0], run[-1]

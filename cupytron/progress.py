@@ -1,7 +1,7 @@
 """What this process is doing just now: the work says it, and the watchdog's thread reads it.
 
-It imports the standard library only, for it is needed before NumPy and MPI are there. There is one process
-a rank, so there is one state a process. Where ranks are threads nobody reads it.
+It imports the standard library only, since it is needed before NumPy and MPI are loaded. Each rank is a
+process, so each process has one state. Where ranks are threads of one process, nobody reads the state.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from typing import Any
 
 Note = Callable[[int, str], None]  # such as `note`: (the last step that is done, what comes next)
 
-# what a rank waits for where MPI itself begins or ends, and takes no other calls
+# values of `waits_for` while MPI begins or ends, and takes no other calls
 MPI_ITSELF = ("MPI_Init", "MPI_Finalize")
 
-# what Python tells of itself (PEP 578) that counts as a piece of work: a slow import or a slow removal of
-# a folder is many of these
+# Python's audit events (PEP 578) that count as pieces of work: a slow import, or the slow removal of a
+# folder, is many of them
 _EVENTS = {
     "import",
     "open",
@@ -31,16 +31,16 @@ _EVENTS = {
 
 
 class _Now:
-    """The state. Only the main thread writes to it."""
+    """The state of this process. Only the main thread writes to it."""
 
     __slots__ = ("beats", "groups", "phase", "slow", "step", "waits_for")
 
     def __init__(self) -> None:
         self.beats = 0
         self.step, self.phase = 0, "at the start"
-        self.waits_for = ""  # outside of communicators
-        self.slow = ""  # what the disk has been asked to do
-        self.groups: Any = None
+        self.waits_for = ""  # what this rank waits for outside of communicators; "": nothing
+        self.slow = ""  # the single call under way that may take long, such as an fsync; "": none
+        self.groups: Any = None  # a communicator or a mesh: its `operation` is the call under way
 
 
 _now = _Now()
@@ -48,11 +48,11 @@ _hears_files = False
 
 
 def unwatched(step: int, phase: str) -> None:
-    """A Note where nobody watches."""
+    """A Note that does nothing, where nobody watches."""
 
 
 def beat() -> None:
-    """A piece of work is done: a layer, a message, a block of a file. It costs one addition."""
+    """Say that a piece of work is done: a layer, a message, a block of a file. It costs one addition."""
     _now.beats += 1
 
 
@@ -69,7 +69,11 @@ def phase(text: str) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """The others set the pace while this lasts; communicators say by themselves that they wait."""
+    """Say that this rank waits for others inside this context. Communicators say so themselves.
+
+    Args:
+        what: what it waits for, for messages, such as "MPI_Init".
+    """
     before, _now.waits_for = _now.waits_for, what
     try:
         yield
@@ -80,7 +84,11 @@ def waiting(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patiently(what: str) -> Iterator[None]:
-    """A single call that may take long and tells nothing meanwhile, such as an fsync."""
+    """Say that a single call inside this context may take long without a beat, such as an fsync.
+
+    Args:
+        what: the call, for messages, such as "in the fsync of FILE".
+    """
     before, _now.slow = _now.slow, what
     try:
         yield
@@ -90,15 +98,15 @@ def patiently(what: str) -> Iterator[None]:
 
 
 def follow(groups: Any) -> None:
-    """Say whose `operation` tells what this rank waits for: a communicator, or a mesh."""
+    """Take the `operation` of a communicator or a mesh for what this rank waits for."""
     _now.groups = groups
 
 
 def count_files() -> None:
-    """Take the main thread's imports, and files that it opens, renames or removes, for beats, too."""
+    """Count the main thread's imports, and the files that it opens, renames or removes, as beats, too."""
     global _hears_files
     if _hears_files:
-        return  # a hook stays for ever
+        return  # an audit hook cannot be removed, so one is enough
     _hears_files = True
     main = threading.main_thread().ident
 
@@ -118,17 +126,17 @@ def beats() -> int:
 
 
 def slow() -> bool:
-    """Whether a call is under way that may take long."""
+    """Whether a single call is under way that may take long without a beat."""
     return bool(_now.slow)
 
 
 def waits_for() -> str:
-    """What this rank waits for, such as "all_reduce on dp"; "" if for nobody."""
+    """What this rank waits for, such as "all_reduce on dp"; "" if it waits for nobody."""
     return _now.waits_for or (_now.groups.operation if _now.groups is not None else "") or ""
 
 
 def where() -> str:
-    """Step, phase, and what is waited for, for messages."""
+    """The step, the phase, and what this rank waits for, for messages."""
     waits = waits_for()
     parts = [f"after step {_now.step}", _now.phase]
     parts += [f"waiting in {waits}"] if waits else []

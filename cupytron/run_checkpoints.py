@@ -1,8 +1,8 @@
 """A run's checkpoints: which there are, and which one is used. All ranks use the same one.
 
-Each rank lists and opens files for itself, and a file system may show them different ones: network file
-systems keep old lists for seconds, and a folder on a node's own disk is another folder on each node. So
-the ranks compare which steps they see, and which manifest the chosen step has, before they use it.
+Each rank lists and opens files for itself, and may see other files than the other ranks. A network file
+system may show old lists of names for seconds, and a path on a node's own disk is another folder on each
+node. So the ranks compare which steps they see, and which manifest the chosen step has, before they use it.
 
 A run that trains at the same time removes old checkpoints and replaces others. So `reading` chooses again
 if the checkpoint is removed while it is read.
@@ -29,9 +29,8 @@ from cupytron.together import together
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
-# checkpoints that may be removed while they are read, one after the other
-_TRIES = 20
-_PAUSE = 0.05  # seconds between two of them
+_TRIES = 20  # how often a checkpoint is chosen: each of them may be removed while it is read
+_PAUSE = 0.05  # seconds between two tries
 
 
 class RunCheckpoints:
@@ -56,8 +55,8 @@ class RunCheckpoints:
         """Rank 0's steps, once all ranks see the same newest one. Collective.
 
         Raises:
-            CheckpointError: they do not, the same on every rank, naming one that does not see it; or the
-                run has saved, and its checkpoints are gone.
+            CheckpointError: a rank, which is named, does not see that step; or the run has saved, and its
+                checkpoints are gone. The same on every rank.
         """
         world = world or SelfCommunicator()
         views = agree(world, lambda: (self.steps(), self.saved.exists()), self._differ)
@@ -83,11 +82,12 @@ class RunCheckpoints:
         )
 
     def _open(self, step: int, world: Communicator) -> Checkpoint:
-        """The checkpoint of a step, whole, and the same one on every rank. Collective.
+        """Open and verify the checkpoint of a step, the same one on every rank. Collective.
 
         Raises:
-            CheckpointError: of a kind that says whether it is damaged, unreadable or gone, or that the
-                ranks see different ones; the same on every rank.
+            DamagedCheckpoint, UnreadableCheckpoint, GoneCheckpoint: as their names say, on some rank.
+            CheckpointError: the ranks see different ones.
+            Every rank raises the same.
         """
         found: list[Checkpoint | CheckpointError] = []
 
@@ -130,15 +130,18 @@ class RunCheckpoints:
         work: Callable[[Checkpoint], T],
         world: Communicator | None = None,
     ) -> T:
-        """work(checkpoint) with one that was chosen and verified. Collective over `world`.
+        """Choose a checkpoint, verify it, and work with it. Collective over `world`.
 
-        If a run that trains at the same time removes the checkpoint before work is done, all ranks choose
-        again.
+        If a run that trains at the same time removes the checkpoint before the work is done, all ranks
+        choose again.
 
         Args:
             which: "last", "best", "best or last" (the last if no loss is known), or a step.
             warn: hears of damaged checkpoints that are passed over, the same on every rank.
-            work: raises the same GoneCheckpoint on every rank, if it does.
+            work: called with the checkpoint. If it raises GoneCheckpoint, all ranks must.
+            world: the ranks; None: this process alone.
+
+        Returns: the result of `work`.
 
         Raises:
             CheckpointError: there is none, or it is damaged; the same on every rank.
@@ -162,7 +165,7 @@ class RunCheckpoints:
         )
 
     def find(self, which: str, warn: Warn, world: Communicator | None = None) -> Checkpoint:
-        """The checkpoint that `reading` would read: for runs in which nobody trains now. Collective."""
+        """The checkpoint that `reading` would choose, for a run that nobody trains now. Collective."""
         return self.reading(which, warn, lambda found: found, world)
 
     def _choose(self, which: str, warn: Warn, world: Communicator) -> Checkpoint:
@@ -190,10 +193,13 @@ class RunCheckpoints:
         )
 
     def newest(self, warn: Warn, world: Communicator | None = None) -> Checkpoint | None:
-        """The newest checkpoint that verifies; `warn` hears of each newer one that is damaged. Collective.
+        """The newest checkpoint that is whole; `warn` hears of each newer one that is damaged. Collective.
+
+        Returns: None if none is whole, or there is none.
 
         Raises:
-            CheckpointError: one cannot be read now, or the ranks see different ones; the same on all.
+            CheckpointError: one cannot be read now, or the ranks see different ones; the same on every
+                rank.
         """
         world = world or SelfCommunicator()
         return self._newest(self.agreed_steps(world), warn, world)
@@ -207,11 +213,11 @@ class RunCheckpoints:
         return None
 
     def best(self, warn: Warn) -> Checkpoint | None:
-        """The checkpoint with the lowest validation loss that verifies, as this process alone sees them."""
+        """The whole checkpoint with the lowest validation loss, as this process sees them; None: none."""
         return self._best(warn, SelfCommunicator())
 
     def _best(self, warn: Warn, world: Communicator) -> Checkpoint | None:
-        # rank 0 has read all manifests; the others follow its order
+        # rank 0 reads all manifests, and the others follow its order
         own = together(world, lambda: self._by_loss() if world.rank == 0 else [])
         for step in world.gather_objects(own)[0]:
             try:
@@ -233,10 +239,10 @@ class RunCheckpoints:
         return [found.step for found in by_loss(_whole(seen))]
 
     def survey(self, work: Callable[[Checkpoint], T]) -> Iterator[tuple[int, T | CheckpointError]]:
-        """Each step with work(its checkpoint), or with the error that it met.
+        """Yield each step with work(its checkpoint), or with the error that this raised.
 
-        A run that trains at the same time may remove a checkpoint: it is left out. If it removes all that
-        were listed, the steps are listed again.
+        A checkpoint that a run removes at the same time is left out. If all that were listed are removed,
+        the steps are listed again.
         """
         for _ in range(_TRIES):
             steps, shown = self.steps(), 0
@@ -256,8 +262,10 @@ class RunCheckpoints:
     # bringing the folder in line
 
     def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints of later steps to damaged-*: a resumed run will write these steps again,
-        and they must not count as the newest."""
+        """Rename checkpoints of later steps to damaged-*.
+
+        A resumed run will write these steps again, and they must not count as the newest.
+        """
         for later in self.steps():
             if later > step:
                 place = self.place(later)
@@ -275,7 +283,7 @@ class RunCheckpoints:
 
 
 def _still_there(place: Path) -> bool:
-    """Whether a checkpoint that looked damaged is still the same: it is neither removed nor replaced."""
+    """Whether a checkpoint that looked damaged is still there and damaged: neither removed nor replaced."""
     try:
         read_manifest(place)
     except CheckpointError:
@@ -284,12 +292,12 @@ def _still_there(place: Path) -> bool:
 
 
 def by_loss(found: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Those with a validation loss, the lowest first.
+    """The checkpoints with a validation loss, the lowest first.
 
-    Only losses over the newest checkpoint's validation set are compared: others mean something else.
+    A loss over another validation set than the newest checkpoint's cannot be compared, and is left out.
 
     Args:
-        found: in the order of their steps.
+        found: checkpoints, in the order of their steps.
     """
     found = list(found)
     known = [

@@ -1,6 +1,7 @@
 """What a run's checkpoints say before NumPy is imported: their steps, and the settings that they seal.
 
-A process is prepared as the settings say before NumPy is imported, so that nothing here may import it.
+The settings say how a process is prepared (threads, BLAS kernel), and that has to come before NumPy is
+imported. So nothing here may import NumPy.
 """
 
 import re
@@ -44,8 +45,8 @@ def require_run(run: Path) -> None:
 def sealed_settings(run: Path) -> dict[str, Any] | None:
     """The settings in the newest whole manifest of a run; None if it has none.
 
-    config.toml proves nothing of itself, so that one thing alone is taken from it, data.path: the data may
-    have moved since the checkpoint, and is compared with the sealed hashes in any case.
+    Nothing proves config.toml, so data.path alone is taken from it: the data may have moved since the
+    checkpoint, and are compared with the sealed hashes in any case.
 
     Raises:
         UnreadableCheckpoint: the newest manifest cannot be read now.
@@ -54,14 +55,14 @@ def sealed_settings(run: Path) -> dict[str, Any] | None:
         try:
             settings = read_manifest(step_folder(run, step)).body.get("settings")
         except DamagedCheckpoint:
-            continue  # the run tells of it when it passes over this checkpoint
+            continue  # the run says so later, when it passes over this checkpoint
         if isinstance(settings, dict):
             return {**settings, "data": {**settings.get("data", {}), **_data_path(run)}}
     return None
 
 
 def _data_path(run: Path) -> dict[str, str]:
-    """{"path": data.path of config.toml}, if that can be read."""
+    """{"path": data.path of config.toml}; {} if that cannot be read."""
     try:
         path = read_toml(run / "config.toml").get("data", {}).get("path")
     except (ConfigError, AttributeError):  # AttributeError: `data` is no table

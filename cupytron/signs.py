@@ -1,9 +1,9 @@
 """Signs of life between the watchdogs of a job: each rank tells rank 0 how it is, and rank 0 answers.
 
-They are UDP datagrams, not MPI messages: they have to come through while a rank is stuck inside MPI, and
-whatever threads the MPI library allows. Where a network lets none through, nothing comes, and the watchdog
-knows of its own process only. Before MPI has begun no rank knows rank 0's address: then all ranks of one
-machine tell each other, through sockets with names that they can guess.
+The signs are UDP datagrams, not MPI messages: they have to arrive while a rank is stuck inside MPI, and
+with any level of thread support. Where a network lets no UDP through, no sign arrives, and each watchdog
+knows of its own process only. Before MPI has begun, no rank knows rank 0's address. Then the ranks of one
+machine tell each other, through Unix sockets whose names each of them can work out.
 """
 
 import contextlib
@@ -24,7 +24,15 @@ _LARGEST = 4096  # bytes of a datagram
 
 
 class Sign(NamedTuple):
-    """How a rank is: pieces of work done, what it waits for ("": nobody), and where it is, for messages."""
+    """How a rank is.
+
+    Attributes:
+        rank: the rank.
+        host: its machine's name.
+        beats: pieces of work that it has done.
+        waits_for: what it waits for; "": it waits for nobody.
+        where: its step and phase, for messages.
+    """
 
     rank: int
     host: str
@@ -34,7 +42,14 @@ class Sign(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where rank 0 listens. token: what this job's datagrams begin with."""
+    """Where a rank listens.
+
+    Attributes:
+        token: a random word in each datagram of this job, which keeps out those of other jobs.
+        port: the UDP port.
+        node: an identifier of its machine.
+        hosts: the machine's name and IPv4 addresses.
+    """
 
     token: str
     port: int
@@ -45,27 +60,41 @@ class Address(NamedTuple):
 class Signs:
     """This rank's end of an exchange.
 
+    Args:
+        rank: this process's rank.
+        family: AF_INET for all ranks of a job, AF_UNIX for those of one machine.
+        token: the word in this job's datagrams; "": a random one.
+
     Attributes:
-        first_answers: whether the others talk to rank 0 alone, which answers; else all talk to all.
+        first_answers: whether all other ranks talk to rank 0 alone, which answers; else all talk to all.
     """
 
     def __init__(self, rank: int, family: int = socket.AF_INET, token: str = "") -> None:
         self.rank, self.first_answers = rank, family == socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._token = token or secrets.token_hex(8)
-        self._places: list[Any] = []  # where signs are sent; of rank 0 all, until one has answered
+        self._places: list[
+            Any
+        ] = []  # where signs go: to all of rank 0's addresses, until one answers
         if self.first_answers:
             self._socket.bind(("", 0))
 
     @classmethod
     def of_neighbours(cls, rank: int, size: int) -> "Signs | None":
-        """Among the ranks of this machine, before MPI is there; None: no launcher's process is found."""
+        """An exchange among the ranks of this machine, for the time before MPI has begun.
+
+        Args:
+            rank: this process's rank.
+            size: ranks of the job.
+
+        Returns: None if the launcher's process is not found, or its sockets cannot be had.
+        """
         if (launcher := launcher_pid()) is None:
             return None
         with contextlib.suppress(OSError):
             began = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
             job = f"cupytron-{os.getuid()}-{launcher}-{began}"
-            # a name that begins with a zero byte is in no folder, and goes with its process
+            # abstract names (unix(7)) are in no folder, and vanish with their process
             names = [f"\0{job}-{other}" for other in range(size)]
             signs = cls(rank, socket.AF_UNIX, job)
             signs._socket.bind(names[rank])
@@ -74,18 +103,24 @@ class Signs:
         return None
 
     def address(self) -> Address:
-        """Where this rank listens, for all others if it is rank 0."""
+        """Where this rank listens; the others need rank 0's."""
         return Address(self._token, self._socket.getsockname()[1], _node(), _hosts())
 
     def meet(self, first: Address) -> None:
-        """Learn rank 0's address."""
+        """Send signs to rank 0 from now on, at this address."""
         if self.rank:
             here = ["127.0.0.1"] if first.node == _node() else []
             self._places = [(host, first.port) for host in [*here, *first.hosts]]
             self._token = first.token
 
     def exchange(self, mine: Sign, seconds: float) -> list[Sign]:
-        """Send this rank's sign, listen for so long, and return the signs that came.
+        """Send this rank's sign, and listen for a while.
+
+        Args:
+            mine: this rank's sign.
+            seconds: how long to listen.
+
+        Returns: the signs that arrived.
 
         Raises:
             OSError: this end has been closed meanwhile.
@@ -108,17 +143,17 @@ class Signs:
         return signs
 
     def close(self) -> None:
-        """Send and hear nothing any more."""
+        """Close the socket: this end sends and receives no more."""
         self._socket.close()
 
     def _send(self, message: bytes, place: Any) -> None:
-        # a host name may be unknown here, and a neighbour not there yet, or not any more; one that is
-        # stopped takes no more at some time, and must not be waited for
+        # a host's name may be unknown here, and a neighbour may not have begun, or have ended; the queue of
+        # one that is stopped fills up, and must not be waited for
         with contextlib.suppress(OSError):
             self._socket.sendto(message, socket.MSG_DONTWAIT, place)
 
     def _receive(self) -> tuple[Sign, Any] | None:
-        """A sign and its sender; None: it was not of this job."""
+        """A sign and its sender; None: nothing arrived in time, or it was not of this job."""
         try:
             message, sender = self._socket.recvfrom(_LARGEST)
             token, *fields = json.loads(message)
@@ -129,14 +164,14 @@ class Signs:
 
 
 def _node() -> str:
-    """The same for all processes of a machine."""
+    """An identifier of this machine, the same for all its processes."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def _hosts() -> list[str]:
-    """This machine's name, and the addresses of its interfaces."""
+    """This machine's name, and the IPv4 addresses of its interfaces; loopback is left out."""
     found = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():

@@ -2,9 +2,8 @@
 
 A rank is stuck if it waits for nobody and does no piece of work (`progress.beat`) for the timeout, or if
 its process gives no sign of life (signs.py). A rank that waits for others is not stuck: they may be at
-work, however slowly. If all ranks wait, and none has done anything for the timeout, they wait for each
-other.
-See docs/decisions/0012-watchdog.md.
+work, however slowly. If all ranks wait, and none has done a piece of work for the timeout, they wait for
+each other. See docs/decisions/0012-watchdog.md.
 """
 
 import contextlib
@@ -21,18 +20,18 @@ from cupytron.signs import Address, Sign, Signs
 
 STUCK = 66  # exit code: no progress for too long
 DEFAULT_TIMEOUT = 600.0  # seconds, until the settings are known
-PATIENCE = 10  # timeouts that a call gets which tells nothing meanwhile, such as an fsync
-_LATER = 1.0  # seconds that a rank which waits for others leaves them to speak first
-_SKEW = 4.0  # more of them at the start, and where MPI begins and ends: ranks come there at different times
+PATIENCE = 10  # timeouts that a single call without beats, such as an fsync, may take
+_LATER = 1.0  # seconds that a waiting rank leaves the others, so that they report first
+_SKEW = 4.0  # more seconds at the start and inside MPI_Init and MPI_Finalize: not all ranks come there at once
 
 
 class _Other:
-    """What is known of another rank, counted in seconds of this process's ticks."""
+    """What this rank knows of another one; times are sums of this process's ticks."""
 
     def __init__(self, sign: Sign) -> None:
         self.sign = sign
-        self.idle = 0.0  # without a beat
-        self.silent = 0.0  # without a sign
+        self.idle = 0.0  # seconds without a beat
+        self.silent = 0.0  # seconds without a sign
 
     def hear(self, sign: Sign) -> None:
         self.silent = 0.0
@@ -49,18 +48,23 @@ class Watchdog:
 
     Args:
         timeout: seconds without progress; 0: never. It may be changed while the watchdog is at work.
-        rank, size: of this process, and how many there are.
+        rank: this process's rank.
+        size: ranks of the job.
+
+    Attributes:
+        has_met: whether signs are exchanged with all ranks, not only with those of this machine.
+        quiet: set while this rank ends the job for another reason, which may take its time.
     """
 
     def __init__(self, timeout: float, rank: int, size: int) -> None:
         self.timeout, self.rank, self.size = timeout, rank, size
         self.signs: Signs | None = None
-        self.has_met = False  # all ranks of the job, not only those of this machine
-        self.quiet = False  # this rank ends the job itself: it is given the time
+        self.has_met = False
+        self.quiet = False
         self._others: dict[int, _Other] = {}
         self._beats, self._idle = -1, 0.0
         self._over = threading.Event()
-        # a daemon: it must not keep a process that ends
+        # a daemon thread does not keep the process from ending
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -69,14 +73,20 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._over.set()
 
     def look(self, tick: float, came: list[Sign]) -> str | None:
-        """What is known after another `tick` seconds, in which these signs came: who is stuck, or None.
+        """Count the last `tick` seconds, and look for a stuck rank.
 
-        Ticks are counted, and no clock is read. So time in which this process was stopped, in a debugger or
-        by its scheduler, is not held against anybody.
+        Ticks are counted, and no clock is read. So the time in which this process was itself stopped, by a
+        debugger or the scheduler, does not count as silence of others.
+
+        Args:
+            tick: seconds since the last call.
+            came: the signs that were received in them.
+
+        Returns: why the job has to end; None if no rank is stuck.
         """
         beats = progress.beats()
         self._idle = self._idle + tick if beats == self._beats else 0.0
@@ -89,11 +99,11 @@ class Watchdog:
 
     def _stuck(self) -> str | None:
         me = f"({progress.where()})"
-        # all ranks may find the same: the first of them ends the job, and is the only one that speaks
+        # all ranks may see the same: lower ranks wait less, so that one speaks and ends the job
         patience = min(4.0, _LATER + 0.4 * self.rank)
         if not progress.waits_for():
             limit = self.timeout * (PATIENCE if progress.slow() else 1)
-            # while modules are loaded, what they build tells nothing
+            # while a module is imported, its own code gives no beats
             if self._idle >= limit + (0.0 if self.has_met else _SKEW):
                 return f"no progress for {limit:g} seconds {me}"
         for other in self._others.values():
@@ -109,14 +119,14 @@ class Watchdog:
         return None
 
     def _waits_in_vain(self, patience: float) -> bool:
-        """Whether this rank has waited too long for others that, as far as is known, are not at work."""
+        """Whether this rank has waited too long, and no other rank is known to be at work."""
         judges = self.rank == 0 or not (self.signs and self.signs.first_answers)
         if len(self._others) < (self.size - 1 if judges else 1):
-            # nothing is known of some, and they may be stopped
+            # some ranks have given no sign yet, and may be stopped
             skew = _SKEW if progress.waits_for() in progress.MPI_ITSELF else 0.0
             return self._idle >= self.timeout + patience + skew
         if not judges:
-            return False  # rank 0 is there, and knows more
+            return False  # rank 0 answers, and has the signs of all ranks
         idle = all(o.sign.waits_for and o.idle >= self.timeout for o in self._others.values())
         return idle and self._idle >= self.timeout + (patience if self.rank else 0.0)
 
@@ -134,7 +144,7 @@ class Watchdog:
                 mine = Sign(self.rank, host, progress.beats(), *place)
                 try:
                     came = signs.exchange(mine, tick)
-                except (OSError, ValueError):  # it has been closed meanwhile
+                except (OSError, ValueError):  # the main thread has closed it
                     self._over.wait(tick)
             if not self._over.is_set() and (stuck := self.look(tick, came)):
                 self._bite(stuck)
@@ -159,7 +169,7 @@ class Watchdog:
         self._exchange_through(signs)
 
     def part(self) -> None:
-        """The others are about to end, too: their silence means nothing any more."""
+        """Exchange no more signs: all ranks are about to end, and silence means nothing now."""
         self._exchange_through(None)
 
     def _exchange_through(self, signs: Signs | None) -> None:
@@ -172,7 +182,13 @@ _dog: Watchdog | None = None  # of this process
 
 
 def start(timeout: float, rank: int, size: int) -> Watchdog:
-    """Watch this process from now on, which a launcher has started; a timeout of 0 may change later."""
+    """Watch this process, which a launcher has started, from now on; returns its watchdog.
+
+    Args:
+        timeout: seconds without progress; 0: never. A command may change it later.
+        rank: this process's rank.
+        size: ranks of the job.
+    """
     global _dog
     _dog = Watchdog(timeout, rank, size)
     progress.count_files()
@@ -187,10 +203,14 @@ def here() -> Watchdog | None:
 
 @contextlib.contextmanager
 def watching(timeout: float, world: Any) -> Iterator[None]:
-    """Watch this rank with the others of a job, with this timeout from now on. Collective over `world`.
+    """Watch this rank and the others of its job inside this context. Collective over `world`.
 
-    The command line has a watchdog from its first moment on, which goes on afterwards; a script has one
-    while this lasts.
+    A process of the command line has a watchdog from its first moment on: it gets this timeout, and goes
+    on watching after the context. A script has a watchdog inside the context only.
+
+    Args:
+        timeout: seconds without progress; 0: never.
+        world: all ranks of the job.
     """
     global _dog
     found = _dog
