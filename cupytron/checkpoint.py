@@ -2,9 +2,9 @@
 
 A folder holds safetensors files, one a rank, and `manifest.json`. A piece is (tensor, box in the logical
 tensor, flat range within that box), stored one-dimensional, so that any mesh can write its shards and any
-other can read them; no rank ever holds the model. Each file lists its own pieces in its header. The
-manifest has the size of every file, its SHA-256, that of its header, and that of the manifest itself; it is
-written last, and the folder gets its name last of all. Nothing here is a pickle.
+other can read them; no rank ever holds the whole model. Each file lists its own pieces in its header. The
+manifest has each file's size, its SHA-256 and the SHA-256 of its header, and a SHA-256 of its own body. It
+is the last file to be written, and then the folder gets its name. Nothing here is a pickle.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def write(
 
     Args:
         folder: its final place; a folder that is there is replaced. All ranks must see the same one.
-        pieces: those that this rank answers for, perhaps none: each element comes from one rank only.
+        pieces: those that this rank writes, perhaps none; each element comes from one rank only.
         about: what else the manifest says (JSON values); rank 0's is taken.
         world: all ranks; None: this process alone.
 
@@ -79,7 +79,7 @@ def write(
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception):
-            # all ranks are here, and none may end the others before the folder is gone
+            # every rank comes here; none may end the job before rank 0 has removed the folder
             world.barrier()
         raise
 
@@ -90,7 +90,7 @@ def _make_afresh(temporary: Path) -> None:
 
 
 def _write_part(temporary: Path, pieces: list[Piece], rank: int) -> dict[str, dict[str, Any]]:
-    """Write a rank's file; returns what the manifest says of it by its name."""
+    """Write a rank's file, if it has pieces; returns {its name: the manifest's entry for it}."""
     if not temporary.is_dir():
         raise _not_shared(temporary.parent)
     if not pieces:
@@ -145,14 +145,18 @@ class Checkpoint:
     Its lists of pieces are read when they are first needed: many checkpoints are opened for `about` alone.
 
     Attributes:
-        about: the manifest's body. sha256: of it. identity: of its file, as Manifest's.
-        step: that it was saved at. files: (bytes, SHA-256) of each by its name.
+        folder: where it stands.
+        about: the manifest's body.
+        sha256: of the manifest's body, in hexadecimal digits.
+        identity: of the manifest's file, as in Manifest.
+        step: the step that it was saved after.
+        files: (bytes, SHA-256) of each file by its name.
 
     Raises:
         DamagedCheckpoint: its own files prove it damaged or incomplete.
         UnreadableCheckpoint: it cannot be read now, or a newer version wrote it.
         GoneCheckpoint: it is not there, or it was removed or replaced while it was read.
-            Each method may raise these.
+        Each method may raise these.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,15 +191,15 @@ class Checkpoint:
     def verify(self, world: Communicator | None = None) -> None:
         """Compare every file with the manifest, byte for byte. Collective over `world`.
 
-        Ranks that see the same files share the work; a copy that only some ranks see is hashed by them.
+        Ranks that see the same files share the work; a copy that only some ranks see is hashed by those.
         Afterwards every rank knows where all pieces are, and `read` needs no more headers.
 
         Args:
             world: ranks that share the work, a file each in turn; None: this process alone.
 
         Raises:
-            CheckpointError: naming a file that does not match, or a rank that sees another checkpoint;
-                the same on every rank.
+            CheckpointError: a file, which is named, does not match, or a rank sees another checkpoint; the
+                same on every rank.
         """
         world = world or SelfCommunicator()
         self._check_same(world)
@@ -247,10 +251,10 @@ class Checkpoint:
         return {name: (p.shape, np.dtype(p.dtype)) for name, p in self._by_tensor().items()}
 
     def read(self, tensor: str, box: Box, start: int, stop: int) -> np.ndarray:
-        """Elements start ... stop of a box of a logical tensor, whatever the pieces.
+        """Elements start ... stop - 1 of a box of a logical tensor, however it was cut into pieces.
 
-        Only pieces with such elements are read, one at a time. Files are not compared with their hashes:
-        that is for `verify`.
+        Only pieces with such elements are read, one at a time. Files are not compared with their hashes;
+        `verify` does that.
 
         Args:
             tensor: its name.
@@ -280,7 +284,14 @@ class Checkpoint:
     def _copy(
         self, pieces: Pieces, number: int, wanted: list[tuple[int, Box]], out: np.ndarray
     ) -> None:
-        """Copy from a piece what lies in the rectangles wanted, which stand in `out`."""
+        """Copy the elements that a piece and the wanted rectangles have in common to `out`.
+
+        Args:
+            pieces: the tensor's pieces.
+            number: the index of one of them.
+            wanted: (where in `out` it begins, box) of each rectangle.
+            out: one-dimensional, all wanted elements.
+        """
         box = tuple((int(a), int(b)) for a, b in pieces.boxes[number])
         begin, end = map(int, pieces.ranges[number])
         for held_at, held in rectangles(box, begin, end):

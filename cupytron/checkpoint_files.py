@@ -1,7 +1,7 @@
-"""Reading the files of a checkpoint, and what an error then says: damage, no access, or no such files now.
+"""Reading the files of a checkpoint, and what an error proves: damage, no access, or that they are gone.
 
-A checkpoint is damaged only if its own files prove it. It may also be unreadable for now, or have been
-removed or replaced by the run beside which it is read.
+A checkpoint is damaged only if its own files prove it. It may also be unreadable for now, or a run that
+trains at the same time may have removed or replaced it.
 """
 
 import contextlib
@@ -36,17 +36,25 @@ _HASHED = 1 << 18  # bytes hashed at a time: they stay in the processor's cache
 
 
 class _Entry(NamedTuple):
-    """What the manifest says of a file. header: SHA-256 of its beginning, up to the first value."""
+    """What the manifest says of a file.
+
+    Attributes:
+        name: the file's name.
+        bytes: its size.
+        sha256: of all of it.
+        header: SHA-256 of its beginning, up to the first value.
+        pieces: the pieces in it; None: the file lists them itself.
+    """
 
     name: str
     bytes: int
     sha256: str
     header: str
-    pieces: list[Listed] | None  # None: the file lists them itself
+    pieces: list[Listed] | None
 
 
 class CheckpointFiles:
-    """The files that a manifest names; they are known by their numbers, 0 ... len - 1.
+    """The files that a manifest names, numbered in its order: 0 ... len - 1.
 
     Raises:
         DamagedCheckpoint, UnreadableCheckpoint, GoneCheckpoint: from each method, as their names say.
@@ -65,11 +73,11 @@ class CheckpointFiles:
         return len(self._entries)
 
     def damaged(self, what: str) -> DamagedCheckpoint:
-        """An error that names the checkpoint."""
+        """An error that names the checkpoint, and says what is damaged."""
         return DamagedCheckpoint(f"{self.folder}: {what}")
 
     def table(self, numbers: Iterable[int]) -> PieceTable:
-        """The pieces of these files, from their headers, which the manifest's hashes prove."""
+        """The pieces of these files, from their headers, which are compared with the manifest's hashes."""
         return self._tables(numbers, self._head)
 
     def verify(self, numbers: Iterable[int]) -> PieceTable:
@@ -77,7 +85,13 @@ class CheckpointFiles:
         return self._tables(numbers, self._verified_head)
 
     def read(self, number: int, offset: int, out: np.ndarray) -> None:
-        """Fill a one-dimensional array with what stands from a byte of a file on."""
+        """Fill an array from a file.
+
+        Args:
+            number: of the file.
+            offset: the byte where the values begin.
+            out: one-dimensional and contiguous.
+        """
         entry = self._entries[number]
         # blocks: a single read gives 2 GiB at most
         view = out.view(np.uint8).data
@@ -93,7 +107,7 @@ class CheckpointFiles:
         self._with_file(entry, fill)
 
     def check_still_there(self) -> None:
-        """Raise GoneCheckpoint if the name means another checkpoint by now, or none."""
+        """Raise GoneCheckpoint if another checkpoint has the name by now, or none has."""
         with contextlib.suppress(OSError):
             if identity_of(os.stat(self.folder / MANIFEST)) == self.identity:
                 return
@@ -101,7 +115,7 @@ class CheckpointFiles:
             raise error
 
     def _gone(self) -> CheckpointError | None:
-        """Why files may not be those of the manifest that was read; None: the same one is still there."""
+        """Why the files may no longer be the manifest's; None: the same manifest is still there."""
         try:
             now = read_manifest(self.folder)
         except (GoneCheckpoint, UnreadableCheckpoint) as error:
@@ -110,11 +124,11 @@ class CheckpointFiles:
             return None
         if now.sha256 != self.sha256:
             return GoneCheckpoint(f"{self.folder}: was replaced while it was read")
-        self.identity = now.identity  # a copy of it came back
+        self.identity = now.identity  # the same manifest in another file, such as a copy
         return None
 
     def _with_file(self, entry: _Entry, work: Callable[[BufferedReader], T]) -> T:
-        """work(file), and the right error if that fails."""
+        """Return work(file); if it fails, raise the CheckpointError that says what this proves."""
 
         def opened() -> T:
             with open_file(self.folder / entry.name) as file:
@@ -137,7 +151,7 @@ class CheckpointFiles:
     def _tables(
         self, numbers: Iterable[int], head_of: Callable[[_Entry, BufferedReader], bytes]
     ) -> PieceTable:
-        """The pieces of files whose beginnings come from head_of(entry, file)."""
+        """The pieces of these files; head_of(entry, file) reads a file's beginning, and checks it."""
         tables = []
         for number in numbers:
             entry = self._entries[number]
@@ -146,7 +160,7 @@ class CheckpointFiles:
                 if entry.pieces is None:
                     pieces, offsets = parse_header(head)
                 else:
-                    # its hash says that the header is the one that these pieces have
+                    # the hash of the header has proved that these are its pieces
                     pieces, offsets = entry.pieces, header_of(entry.pieces, with_list=False)[1]
                 tables.append(table_of(number, pieces, offsets))
             except ValueError as error:

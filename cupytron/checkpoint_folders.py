@@ -1,7 +1,7 @@
-"""The names of a checkpoint's folder: given, replaced and taken away so that a crash loses nothing.
+"""Giving a checkpoint's folder its name, replacing and removing it, so that a crash loses no checkpoint.
 
-Three kinds of hidden folders stand beside the checkpoints for a while. A killed process leaves them there,
-and `recover` sorts them out by their names at the next start:
+Three kinds of hidden folders stand beside the checkpoints for a while. A killed process leaves them there.
+At the next start, `recover` tells them apart by their names, and restores or removes them:
 
 .tmp-NAME-...    a save that is not complete, or what a complete save has replaced
 .old-NAME-...    a whole checkpoint that is being replaced where names cannot be exchanged at once
@@ -26,7 +26,7 @@ _REPLACED = re.compile(r"\.old-(.+)-[^-]+")
 def put_in_place(new: Path, folder: Path) -> None:
     """Give a complete folder its name; a folder that has the name is removed afterwards.
 
-    At each moment one of the two has the name, or the old one waits for `recover` as .old-NAME.
+    At each moment one of the two has the name, or the old one waits for `recover` as .old-NAME-...
 
     Raises:
         OSError: the names are as they were before.
@@ -42,7 +42,10 @@ def put_in_place(new: Path, folder: Path) -> None:
 
 
 def _give_name(new: Path, folder: Path) -> tuple[Callable[[], object], Path | None]:
-    """Returns: what takes the name back, and where the replaced folder is now."""
+    """Give `new` the name of `folder`.
+
+    Returns: a function that undoes it, and the place of the folder that had the name (None: none had).
+    """
     if not os.path.lexists(folder):
         new.rename(folder)
         return lambda: folder.rename(new), None
@@ -65,7 +68,7 @@ def _give_name(new: Path, folder: Path) -> tuple[Callable[[], object], Path | No
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; killed half-way it leaves nothing that looks like one."""
+    """Remove a checkpoint; a kill half-way leaves nothing that looks like one."""
     trash = _beside(folder, "trash")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(trash)
@@ -73,7 +76,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(checkpoints: Path) -> list[str]:
-    """Put right what a killed process left among the checkpoints; for the owner of the run's lock.
+    """Restore or remove what a killed process left among the checkpoints; for the owner of the run's lock.
 
     A checkpoint whose replacement was cut short gets its name back. All other leftovers are removed.
 
@@ -103,7 +106,7 @@ def recover(checkpoints: Path) -> list[str]:
 
 
 def _has_all_files(folder: Path) -> bool:
-    """Whether the manifest is whole, and each of its files is there in its size.
+    """Whether the manifest is whole, and each file that it names is there and has its size.
 
     Raises:
         UnreadableCheckpoint: the system cannot tell now.
@@ -120,12 +123,12 @@ def _has_all_files(folder: Path) -> bool:
 
 
 def _beside(folder: Path, kind: str) -> Path:
-    """A hidden name that nothing has yet: a leftover that cannot be removed must not be in the way."""
+    """A hidden name that nothing has yet, so that a leftover that cannot be removed is not in the way."""
     return folder.with_name(f".{kind}-{folder.name}-{os.getpid()}.{secrets.token_hex(4)}")
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, as far as that goes; the next start removes the rest."""
+    """Remove a folder as far as possible; the next start removes the rest."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

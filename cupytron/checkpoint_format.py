@@ -1,6 +1,7 @@
-"""What a checkpoint consists of: pieces, and the safetensors files that hold and list them.
+"""A checkpoint's format: pieces of logical tensors, and the safetensors files that hold and list them.
 
-A flat range of a box is a union of few rectangles; these say which elements of a piece a rank wants.
+A flat range of a box is a union of a few rectangles. Intersections of these tell which elements of a piece
+a rank has to read.
 """
 
 import hashlib
@@ -32,8 +33,12 @@ Box = tuple[tuple[int, int], ...]
 class Piece(NamedTuple):
     """A one-dimensional part of a logical tensor.
 
-    tensor: its name, such as "weight/blocks.0.mlp.up.weight"; shape: of the logical tensor;
-    box: (start, stop) for each dim; start, stop: flat range within the box; values: (stop - start,).
+    Attributes:
+        tensor: the logical tensor's name, such as "weight/blocks.0.mlp.up.weight".
+        shape: of the logical tensor.
+        box: (start, stop) for each dim.
+        start, stop: flat range within the box.
+        values: (stop - start,).
     """
 
     tensor: str
@@ -45,7 +50,7 @@ class Piece(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A piece as a file's header lists it."""
+    """A piece as a file's header lists it: as Piece, with the values' dtype in place of the values."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -56,10 +61,14 @@ class Listed(NamedTuple):
 
 
 def listed(tensor: Any, shape: Any, dtype: Any, box: Any, span: Any) -> Listed:
-    """A list's entry, checked.
+    """Check an entry of a list of pieces.
+
+    Args:
+        tensor, shape, dtype, box: as in Listed; any JSON values.
+        span: (start, stop).
 
     Raises:
-        ValueError, TypeError: it is nonsense.
+        ValueError, TypeError: there can be no such piece.
     """
     start, stop = span
     shape, box = tuple(shape), tuple(map(tuple, box))
@@ -145,7 +154,7 @@ def _rectangles(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
 
 
 def enclosing(box: Box, part: Box) -> tuple[int, Box]:
-    """The smallest box around `part` that is contiguous in `box`, and where in it it begins."""
+    """Where in `box` the smallest contiguous box around `part` begins, and this box."""
     start, around, narrow = 0, [], True
     for (a, b), (c, d) in zip(box, part, strict=True):
         around.append((c, d) if narrow else (a, b))
@@ -155,7 +164,7 @@ def enclosing(box: Box, part: Box) -> tuple[int, Box]:
 
 
 def region(box: Box, part: Box) -> tuple[slice, ...]:
-    """Where a box lies in an array that holds `box`."""
+    """The slices that take `part` out of an array that holds `box`."""
     return tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, part, strict=True))
 
 
@@ -166,9 +175,10 @@ def header_of(pieces: list[Listed], with_list: bool = True) -> tuple[bytes, list
     """The beginning of a file that holds these pieces, in this order, and nothing else.
 
     Args:
-        with_list: whether it lists them; in format 1 the manifest does.
+        pieces: of the file.
+        with_list: whether the header lists them; in format 1 the manifest does.
 
-    Returns: the eight bytes of its length and the header; where in the file each piece begins.
+    Returns: the header after eight bytes with its length; the byte of the file where each piece begins.
     """
     header: dict[str, Any] = {}
     if with_list:
@@ -200,7 +210,7 @@ def parse_header(head: bytes) -> tuple[list[Listed], list[int]]:
         pieces = [listed(*entry) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its list of pieces is lacking or garbled ({error})") from None
-    # so keys, dtypes, sizes and offsets are those of the list
+    # if they are equal, keys, dtypes, sizes and offsets are those of the list
     expected, offsets = header_of(pieces)
     if expected != head:
         raise ValueError("its header does not fit its list of pieces")
@@ -208,7 +218,7 @@ def parse_header(head: bytes) -> tuple[list[Listed], list[int]]:
 
 
 def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
-    """A safetensors file, streamed: no second copy of the tensors in memory, hashed on the way.
+    """Write a safetensors file as a stream, hashed on the way, without a second copy of the tensors.
 
     Format: https://huggingface.co/docs/safetensors, "Format".
 
@@ -218,7 +228,7 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
         CheckpointError: a value is not finite, or the header is larger than a reader would take.
     """
     entries = [
-        # checked as a reader will check it
+        # the checks that a reader makes
         listed(p.tensor, p.shape, _NAMES[p.values.dtype], p.box, (p.start, p.stop))
         for p in pieces
     ]

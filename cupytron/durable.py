@@ -1,6 +1,6 @@
 """Files and names that survive a crash: content and folders written through to the disk, names exchanged.
 
-It needs the standard library alone, so that `data/` may use it too.
+It imports the standard library and progress.py alone, so that `data/` may use it too.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ from cupytron import progress
 
 _AT_FDCWD = -100  # a path that is not absolute begins at the working directory
 _RENAME_EXCHANGE = 2
-# EPERM: a container's filter of system calls says this of calls that it does not know. If it is a matter of
-# permission after all, the ordinary renames that follow fail with the same error.
+# EPERM: a container's filter of system calls answers so to calls that it does not know. If permission is
+# really missing, the ordinary renames that follow fail with the same error.
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -26,17 +26,17 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync(file: IO[Any]) -> None:
-    """Write what an open file has been given through to the disk."""
+    """Write an open file's content through to the disk."""
     file.flush()
     with progress.patiently(f"in the fsync of {file.name}"):
         os.fsync(file.fileno())
 
 
 def synced(path: Path) -> None:
-    """Write what a file holds, or a folder's list of names, through to the disk.
+    """Write a file's content, or a folder's list of names, through to the disk.
 
     Raises:
-        OSError: naming the path, which the system's own error does not.
+        OSError: with the path, which the error of fsync lacks.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -60,9 +60,9 @@ def sync_folder(path: Path) -> None:
 def sync_parents(path: Path) -> None:
     """Write the names of a folder and of the folders above it through to the disk.
 
-    A folder that was made a moment ago is lost in a power cut, with all that it holds, while its parent's
-    list of names is in memory only. The walk ends at the file system's root, or at a folder that this
-    user may not read: this user has made neither.
+    A power cut takes a new folder, with everything in it, while its parent's list of names is in memory
+    only. The walk ends at the file system's root, or at a folder that this user may not read, since this
+    user has made neither.
     """
     path = path.resolve()
     device = path.stat().st_dev
@@ -78,7 +78,7 @@ def sync_parents(path: Path) -> None:
 def exchange(one: Path, other: Path) -> bool:
     """Exchange two names at once: at no moment is either of them missing.
 
-    See renameat2(2), RENAME_EXCHANGE. It is Linux's, and not every file system has it (NFS does not).
+    See renameat2(2), RENAME_EXCHANGE. Linux alone has this call, and not on every file system (not on NFS).
 
     Returns: False, with nothing changed, if the system or the file system cannot.
 

@@ -1,7 +1,7 @@
 """A checkpoint's manifest: its content, the seal that proves it whole, and reading it without NumPy.
 
-The manifest is the file that is written last. Its body is any JSON object; the seal is the body's SHA-256,
-and the file is refused if a single byte of it is not what we would have written.
+The manifest is the last file to be written. Its body is any JSON object; the seal is the body's SHA-256.
+The file is refused if a single byte of it is not what we would have written.
 """
 
 import hashlib
@@ -20,8 +20,11 @@ MAX_BYTES = 64 << 20  # `write` refuses to write more
 class Manifest(NamedTuple):
     """A manifest that is whole.
 
-    body: what it says. sha256: of the body. identity: of the file, (inode, time of change in ns, bytes):
-    two ranks with the same identity look at the same file, not at two copies of it.
+    Attributes:
+        body: the JSON object.
+        sha256: of the body, in hexadecimal digits.
+        identity: of the file: (inode, time of change in ns, bytes). Two ranks with the same identity look
+            at the same file, not at two copies of it.
     """
 
     body: dict[str, Any]

@@ -12,15 +12,18 @@ import numpy as np
 
 from cupytron.checkpoint_format import Box, Listed
 
-_BOX = 5  # a row's columns before this one: tensor, start, stop, file, offset
+_BOX = 5  # the column where a row's box begins, after tensor, start, stop, file and offset
 
 
 class PieceTable(NamedTuple):
     """Pieces of many tensors.
 
-    names: of the tensors. kinds: shape and dtype of each.
-    rows: (n, 5 + 2 * dims) int64: a tensor's number, start and stop of the flat range, the file's number,
-        the byte where the values begin in it; then (low, high) of the box for each dim, and zeros.
+    Attributes:
+        names: of the tensors.
+        kinds: shape and dtype of each tensor.
+        rows: (n, 5 + 2 * dims) int64, a row for each of n pieces: its tensor's number, start and stop of
+            its flat range, its file's number, and the byte of the file where its values begin. Then (low,
+            high) of its box for each dim, filled up with zeros.
     """
 
     names: list[str]
@@ -29,10 +32,15 @@ class PieceTable(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The pieces of one tensor.
+    """The n pieces of one tensor; all arrays are int64.
 
-    shape, dtype: of the tensor. boxes: (n, dims, 2). ranges: (n, 2), flat, each within its box.
-    files, offsets: (n,). All of them int64.
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        boxes: (n, dims, 2), (low, high) for each dim.
+        ranges: (n, 2), start and stop, flat, each within its box.
+        files: (n,), the numbers of their files.
+        offsets: (n,), the byte of the file where the values begin.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +51,7 @@ class Pieces(NamedTuple):
     offsets: np.ndarray
 
     def near(self, box: Box, start: int, stop: int) -> np.ndarray:
-        """Numbers of the pieces that may hold elements start ... stop of a box, and of few others."""
+        """Indices of all pieces with elements of start ... stop - 1 of a box, and of few others."""
         lows, highs = self.boxes[..., 0], self.boxes[..., 1]
         wanted = np.array(box, np.int64).reshape(-1, 2)
         near = self.ranges[:, 0] < self.ranges[:, 1]
@@ -57,7 +65,7 @@ class Pieces(NamedTuple):
 
 
 def _rows(boxes: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last + 1 row, along the first dim, of each flat range of a box."""
+    """The first row, and the last row + 1, along the first dim, of each flat range of a box."""
     row = np.maximum((boxes[:, 1:, 1] - boxes[:, 1:, 0]).prod(axis=1), 1)
     lows = boxes[:, 0, 0]
     return lows + ranges[:, 0] // row, lows - (-ranges[:, 1] // row)
@@ -130,7 +138,7 @@ def by_tensor(table: PieceTable) -> dict[str, Pieces]:
 
 
 def untiled(name: str, pieces: Pieces) -> str | None:
-    """What is wrong if the pieces of a tensor do not hold each of its elements exactly once.
+    """Why the pieces do not hold each element of a tensor exactly once; None if they do.
 
     The ranges of a box must follow each other from its first element to its last, and the boxes must
     tile the tensor.
@@ -145,7 +153,7 @@ def untiled(name: str, pieces: Pieces) -> str | None:
     if not shape:  # a scalar is an array of one element
         boxes, shape = np.tile(np.array([0, 1]), (len(boxes), 1, 1)), (1,)
     filled = _filled_boxes(boxes, ranges)
-    # as many elements as there should be, or more, and yet not each of them once
+    # at least as many elements as the tensor has, but not each of them once
     if held > count or filled is None or not _tile(filled, shape):
         return f"{name} is held twice in part"
     return None
@@ -168,9 +176,10 @@ def _filled_boxes(boxes: np.ndarray, ranges: np.ndarray) -> np.ndarray | None:
 def _tile(boxes: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether boxes hold each element of a tensor exactly once.
 
-    Give each corner of a box a sign: + to the lowest corner, and along each edge the sign changes. How many
-    boxes hold an element is the sum of the signs at its place and below it, so the signs determine all
-    these numbers. Boxes therefore tile the tensor if and only if their signs add up to those of the whole.
+    Give each corner of a box a sign: + to the lowest corner, and along each edge the sign changes. The
+    number of boxes that hold an element is the sum of the signs at its place and below it in every dim. So
+    the signs determine these numbers. The boxes tile the tensor if and only if at each corner their signs
+    add up to those of the whole tensor.
     """
     dims = len(shape)
     whole = np.array([[(0, n) for n in shape]], np.int64)

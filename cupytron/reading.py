@@ -11,8 +11,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Errors of a moment, as a network file system has them: the file behind the name was replaced on the
-# server, or the server did not answer.
+# Errors that may pass, above all on a network file system: the file was replaced on the server, or the
+# server did not answer.
 _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
 _TRIES = 3
 _PAUSE = 0.2  # seconds before the second try; each later pause is twice as long
@@ -35,15 +35,15 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    # should a pipe have taken the name since: O_NONBLOCK changes nothing for files
+    # a pipe may have taken the name since the check; for files O_NONBLOCK changes nothing
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def again(work: Callable[[], T]) -> T:
-    """work(), called up to three times if it raises an error that may pass.
+    """Return work(), which is called up to three times if it raises an error that may pass.
 
     Raises:
-        OSError: the last error, if it stays.
+        OSError: of the last call, or one that does not pass.
     """
     pause = _PAUSE
     for _ in range(_TRIES - 1):

@@ -73,9 +73,8 @@ class Signs:
         self.rank, self.first_answers = rank, family == socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._token = token or secrets.token_hex(8)
-        self._places: list[
-            Any
-        ] = []  # where signs go: to all of rank 0's addresses, until one answers
+        # where signs go: to all of rank 0's addresses, until one answers
+        self._places: list[Any] = []
         if self.first_answers:
             self._socket.bind(("", 0))
 

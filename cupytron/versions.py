@@ -10,10 +10,10 @@ _SOURCES = (".py", ".cu", ".cuh", ".toml")
 
 
 def running() -> dict[str, str]:
-    """What the numbers of a rank depend on, by name.
+    """The versions that a rank's numbers depend on, as texts by the names "cupytron" and "numpy".
 
-    cupytron: its version, and the first digits of the SHA-256 of its sources, which may differ within a
-    version. numpy: its version.
+    The text for cupytron has the first digits of the SHA-256 of its sources, which may differ within a
+    version.
     """
     return {
         "cupytron": f"{metadata.version('cupytron')} (sources {sources_hash()[:12]})",
@@ -29,7 +29,7 @@ def host() -> str:
 def sources_hash() -> str:
     """SHA-256 over the names and contents of the package's source files."""
     digest = hashlib.sha256()
-    # cupytron.cli and cupytron.data may lie elsewhere than the package that they belong to
+    # cupytron.cli and cupytron.data may lie in other folders than cupytron itself
     for package in ("cupytron", "cupytron.cli", "cupytron.data"):
         found = importlib.util.find_spec(package)
         for folder in (found and found.submodule_search_locations) or ():

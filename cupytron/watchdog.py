@@ -22,7 +22,9 @@ STUCK = 66  # exit code: no progress for too long
 DEFAULT_TIMEOUT = 600.0  # seconds, until the settings are known
 PATIENCE = 10  # timeouts that a single call without beats, such as an fsync, may take
 _LATER = 1.0  # seconds that a waiting rank leaves the others, so that they report first
-_SKEW = 4.0  # more seconds at the start and inside MPI_Init and MPI_Finalize: not all ranks come there at once
+_SKEW = (
+    4.0  # more seconds at the start, in MPI_Init and in MPI_Finalize: not all ranks come at once
+)
 
 
 class _Other:

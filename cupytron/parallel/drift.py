@@ -1,4 +1,4 @@
-"""Replicas that have drifted apart: what has a second copy is compared bit for bit.
+"""Finding replicas that have drifted apart: everything with a second copy is compared bit for bit.
 
     what                                          its copies stand on         compared
     weights and optimizer state, ZeRO 0           all of dp                   before a save
@@ -8,8 +8,8 @@
     a table of two pipeline stages                the first and the last      as above, at every stage
     numbers: steps, updates, learning rate, ...   all ranks                   before a save
 
-An update overwrites the layers' weights with its own, so that a drift there spoils the gradients and then
-vanishes: it is looked for before the update. All else has no second copy.
+An update overwrites the layers' weights. A drift there spoils the gradients and then vanishes, so these
+copies are compared before the update. Everything else has no second copy.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from cupytron.parallel.zero import Zero
 
 ROW = 63  # words of a checksum
 _ROW_BYTES = 8 * ROW
-_BLOCK = _ROW_BYTES << 16  # bytes, 33 MB: what comes from a GPU at a time
+_BLOCK = _ROW_BYTES << 16  # bytes copied from a GPU at a time: 33 MB
 _ODD = np.random.Philox(key=1).random_raw(ROW) | np.uint64(1)  # the same numbers everywhere
 _TOLD = 3  # differences that a message lists
 _ROUNDING = (
@@ -43,9 +43,11 @@ class ReplicasDiffer(CupytronError):
 
 
 class Item(NamedTuple):
-    """What a fingerprint is of: all ranks that hold the same item should have the same fingerprint.
+    """The thing that a fingerprint is of: all ranks that hold an item should have the same fingerprint.
 
-    box, start, stop: as a checkpoint's piece; a number of the trainer has none.
+    Attributes:
+        name: "kind/parameter", or the name of a number of the trainer.
+        box, start, stop: as in a checkpoint's Piece; a number has none.
     """
 
     name: str
@@ -55,7 +57,12 @@ class Item(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An item that is not the same on all ranks that hold it: a line about it, and whether along tp."""
+    """An item that is not the same on all ranks that hold it.
+
+    Attributes:
+        line: a text that names the ranks and the item.
+        along_tp: whether ranks differ that are replicas along tp.
+    """
 
     line: str
     along_tp: bool
@@ -67,13 +74,13 @@ Group = tuple[Any, ...]  # an axis, and this rank's coordinates along the others
 def compare(
     zero: Zero, step: int, numbers: Mapping[str, float], before_update: bool = False
 ) -> None:
-    """Compare what this rank holds with the other copies of it. Collective over the world.
+    """Compare this rank's weights, state and numbers with their other copies. Collective over the world.
 
     Args:
         zero: the model, materialised.
-        step: the one that has been done, or whose update comes; for the message.
-        numbers: what every rank of the world should have alike.
-        before_update: compare only what the update will overwrite.
+        step: the step that is done, or whose update comes next; for the message.
+        numbers: the trainer's numbers by name, which every rank of the world should have alike.
+        before_update: compare only the weights that the update will overwrite.
 
     Communication: one small object from each rank to all others.
 
@@ -93,7 +100,7 @@ def compare(
 def differences(
     zero: Zero, numbers: Mapping[str, float] | None = None, before_update: bool = False
 ) -> list[Difference]:
-    """As compare, but returns what differs; the same on every rank."""
+    """As compare, but returns the items that differ; the same on every rank."""
     context = zero.context
     if context.world.size == 1:
         return []
@@ -110,21 +117,21 @@ def differences(
             seen.setdefault(group, set()).add(digest)
     if all(len(different) == 1 for different in seen.values()):
         return []
-    # this is rare, so that it may cost more: every fingerprint goes to every rank
+    # a difference is rare, so finding it may cost more: every fingerprint goes to every rank
     return _told(context.world.gather_objects(held), context)
 
 
 def fingerprint(values: Any) -> int:
-    """32 bits of an array's bits, nearly at the speed at which memory is read.
+    """A 32-bit hash of a flat array's bytes, made nearly at the speed at which memory is read.
 
     The 64-bit words w of a row give a checksum c @ w mod 2^64, with odd numbers c. The rows' checksums, and
     the bytes after the last whole row, give a CRC-32. A SHA-256 takes ten times as long.
 
-    What it sees. A row with one wrong word: always, since an odd number times the difference is never 0. A
-    row with several: their differences cancel with a chance of about 2^(v - 63), where v is the number of
-    the lowest wrong bit in any of the words. So what is hidden has nothing wrong but the highest bits of
-    words (two signs of float64 in one row of 504 bytes), and that in every row. If a whole tensor changes
-    its sign, the odd number of words in a row keeps the differences from cancelling.
+    A row with one wrong word always has another checksum, since an odd number times the difference is never
+    0 mod 2^64. In a row with several wrong words the differences cancel with a probability of about
+    2^(v - 63), where v is the number of the lowest wrong bit in any of them. So an error is likely to stay
+    hidden only if in every wrong row the highest bits alone are wrong, such as two signs of float64. If a
+    whole tensor changes its sign, the odd number of words in a row keeps the differences from cancelling.
     """
     crc, size = 0, _BLOCK // values.dtype.itemsize
     for start in range(0, len(values), size):
@@ -138,7 +145,7 @@ def fingerprint(values: Any) -> int:
 
 
 def _second_copies(zero: Zero, before_update: bool) -> Iterator[tuple[Item, Any, tuple[str, ...]]]:
-    """What other ranks hold, too: the item, its values here, and the axes along which they hold it."""
+    """Each item that other ranks hold too: the item, its values here, and the axes of those ranks."""
     sizes = zero.context.sizes
     for bucket in zero.buckets:
         for kind, flat, within in _arrays(zero, bucket, before_update):
@@ -158,9 +165,9 @@ def _second_copies(zero: Zero, before_update: bool) -> Iterator[tuple[Item, Any,
 
 
 def _arrays(zero: Zero, bucket: Bucket, before_update: bool) -> Iterator[tuple[str, Any, slice]]:
-    """A bucket's flat arrays: kind, array, and its range of the bucket."""
+    """A bucket's flat arrays to compare: kind, array, and the range of the bucket that it covers."""
     rounded, gathered = bucket.shard is not bucket.weights, zero.stage in (1, 2)
-    if rounded or gathered:  # what layers see is not what the optimizer updates
+    if rounded or gathered:  # the layers' weights are not the array that the optimizer updates
         kind = f"{bucket.shard.dtype.name} weight" if rounded else "weight"
         if zero.stage < 3:
             yield kind, bucket.data, slice(0, bucket.size)
@@ -168,7 +175,7 @@ def _arrays(zero: Zero, bucket: Bucket, before_update: bool) -> Iterator[tuple[s
             yield kind, bucket.shard, bucket.owned
     if before_update:
         return
-    if rounded or not gathered:  # else it is a view of what has been yielded
+    if rounded or not gathered:  # else it is a view of the array just yielded
         yield "weight", bucket.weights, bucket.owned
     for kind, flat in bucket.state.items():
         yield kind, flat, bucket.owned
@@ -180,13 +187,13 @@ def _group(context: ParallelContext, axis: str) -> Group:
 
 
 def _digest(items: list[Item], held: Mapping[Item, Any]) -> str:
-    """Of the fingerprints that a group has in common; its ranks list the items in the same order."""
+    """SHA-256 of the fingerprints of a group's items, which all its ranks list in the same order."""
     text = "\n".join(f"{item} {held[item]}" for item in items)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _told(everyone: list[dict[Item, Any]], context: ParallelContext) -> list[Difference]:
-    """What is not the same on all ranks that hold it."""
+    """The items that are not the same on all ranks that hold them."""
     holders: dict[Item, dict[int, Any]] = {}
     for rank, held in enumerate(everyone):
         for item, value in held.items():
