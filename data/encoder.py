@@ -17,10 +17,14 @@ _BATCH_CHARACTERS = 1 << 18
 
 
 class Encoder:
-    """The ids of sources, and what is to be said of them.
+    """Encodes sources, and collects notes for the user.
+
+    Args:
+        tokenizer: for text; None: all sources are files of token ids.
+        vocab_size: number of ids; larger ones are refused.
 
     Attributes:
-        check: whether the ids keep every byte of the text; None without a tokenizer.
+        check: compares texts with their ids; None without a tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
@@ -29,7 +33,11 @@ class Encoder:
         self._unproved = 0
 
     def encode(self, sources: list[Source]) -> Iterator[tuple[bool, np.ndarray]]:
-        """The ids of each part, and whether it starts a document."""
+        """Yield (whether these ids start a document, ids) for each part of the sources.
+
+        Raises:
+            DataError: a source cannot be read, or an id is not below vocab_size.
+        """
         for is_tokens, group in itertools.groupby(
             sources, lambda source: isinstance(source, TokenFile)
         ):
@@ -41,6 +49,7 @@ class Encoder:
                 yield from self._encode(parts, self._tokenizer)
 
     def notes(self) -> list[str]:
+        """Lines for the user about the sources encoded so far."""
         notes = [self.check.note] if self.check and self.check.note else []
         if self._unproved:
             notes.append(
@@ -86,7 +95,7 @@ class Encoder:
 
 
 def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[bool, Piece]]:
-    """Each document cut where the tokenizer wants it, and whether a piece starts one."""
+    """Cut each document as the tokenizer does; yields (whether the piece starts a document, piece)."""
     for document in documents(parts):
         first = True
         for piece in tokenizer.cut(document):

@@ -11,11 +11,11 @@ class Format(NamedTuple):
     """A file format.
 
     Attributes:
-        what: its name, with an article.
-        suffixes: of files' names.
-        magic: how such files begin; empty where that could be text.
-        way_out: what to do, with {path} for the file.
-        columns: whether it is made for text and data alone, so that nobody keeps it beside text files.
+        what: what such a file is, for messages.
+        suffixes: of the files' names.
+        magic: the possible first bytes; empty if a text could begin with them.
+        way_out: how to convert the file; {path} and {load} stand for it and for the call that loads it.
+        columns: whether such files hold data sets only, so that a folder with one of them is a data set.
     """
 
     what: str
@@ -49,7 +49,7 @@ _INDEX = Format("the index of Megatron-LM's tokens", (), (), "give the .bin file
 
 
 def unread_format(path: Path) -> Format | None:
-    """The format of a file, if it is one that cannot be read here."""
+    """The format of a file that cannot be read here; None: it is none of these formats."""
     if is_megatron_index(path):
         return _INDEX
     suffix = path.suffix.lower()
@@ -62,12 +62,12 @@ def unread_format(path: Path) -> Format | None:
 
 
 def way_out(path: Path, form: Format) -> str:
-    """A line for an error: what a file is, and what to do."""
+    """A line for an error: what the file is, and how to convert it."""
     saved = (path.parent / "state.json").exists()
     load = f"load_from_disk('{path.parent}')" if saved else f"Dataset.from_file('{path}')"
     return f"{path}: {form.what}; {form.way_out.format(path=path, load='datasets.' + load)}"
 
 
 def holds_a_corpus(path: Path, form: Format) -> bool:
-    """Whether a folder of such files is a corpus, whose other files only describe it."""
+    """Whether a folder with such a file is a corpus, whose other files only describe it."""
     return form.columns or Path(path.stem).suffix.lower() in (*JSON_LINES, ".json")

@@ -1,15 +1,15 @@
 """Whether ids keep every byte of their text, so that bytes can be counted from the ids.
 
-Which parts of a tokenizer drop or add text (normalizers, pre-tokenizers, added tokens with `lstrip`,
-symbols that the vocabulary lacks), and on which text, is the library's affair and long to tell. So each
-text that is encoded is compared with its ids.
+Many parts of a tokenizer drop or add text, and each does so for other texts: normalizers, pre-tokenizers,
+added tokens with `lstrip`, symbols that the vocabulary lacks. So no list of such parts is kept. Instead,
+each text that is encoded is compared with the bytes of its ids.
 """
 
 import numpy as np
 
 from .tokenizers import Tokenizer
 
-# for ids that came without their text: what texts have in common
+# typical texts, to check a tokenizer whose ids were given without their text
 PROBES = (
     'The cat, "sat" on 12 mats; don\'t!',
     " a  b\n\n\tc\r\n d ",
@@ -24,7 +24,7 @@ class ByteCheck:
 
     Attributes:
         lengths: (vocab_size,) int64: bytes of text behind each id; None once a text differs from its ids.
-        note: how, for the user.
+        note: a line for the user: how a text differs, or why none can be compared. None: none differs.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -42,6 +42,7 @@ class ByteCheck:
                 self._bytes[i] = b""
 
     def compare(self, text: str, ids: np.ndarray) -> None:
+        """Compare a text with the bytes of its ids, (num_tokens,)."""
         if self.lengths is None or not self._bytes:
             return
         want = text.encode("utf-8")
@@ -54,7 +55,7 @@ class ByteCheck:
             )
 
     def probe(self, tokenizer: Tokenizer) -> None:
-        """Compare texts of our own, where ids came without theirs."""
+        """Compare `PROBES` with their ids, for a source of ids without their text."""
         if not self._bytes:
             return
         for text in PROBES:

@@ -10,7 +10,7 @@ from .sources import JSON_LINES, JsonLines, Source, TextFile, is_text, why_not_j
 from .token_files import TOKEN_SUFFIXES, TokenFile
 
 _MOST_NAMES = 3
-# why something in a folder is not read: of one thing, of several
+# reasons why something in a folder is not read, in the singular and in the plural
 _NOT_TEXT = "file that is not UTF-8 text", "files that are not UTF-8 text"
 _HIDDEN = "hidden file or folder", "hidden files and folders"
 _LINK = (
@@ -27,7 +27,7 @@ _JSON = (
 
 
 class PassedOver:
-    """What of a folder is not read, by reason."""
+    """The files and folders below a folder that are not read, by reason."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,12 +55,15 @@ def open_path(
     """The sources behind a path: one for a file; for a folder one for each file, in sorted order.
 
     Args:
-        exclude: folders that are no sources: where the output goes, and where it is made.
+        path: a file or a folder.
+        text_field: the field of JSON lines to read.
+        exclude: real paths of folders that are no sources: the output, and the folder it is made in.
+        bin_dtype: as TokenFile's; for a single file only.
 
-    Returns: the sources, and notes on what is not read, a line each.
+    Returns: the sources, and notes on the files that are not read, a line each.
 
     Raises:
-        DataError: nothing can be read there, or text is there in a form that cannot be read.
+        DataError: nothing can be read there, or a file has a format that is not read here.
     """
     if path.is_dir():
         return _open_folder(path, text_field, exclude)
@@ -108,7 +111,7 @@ def _why_not(path: Path, text_field: str) -> tuple[str, str] | None:
         return _TOKENS
     if form := unread_format(path):
         if holds_a_corpus(path, form):
-            # the files beside it, which can be read, are not the corpus
+            # the readable files beside it are not the corpus
             raise DataError(way_out(path, form))
         return _PACKED if form.suffixes else _NOT_TEXT
     if not is_text(path):
@@ -126,12 +129,16 @@ def walk(
 ) -> Iterator[Path]:
     """The regular files below a folder, in the same order on every machine.
 
-    Hidden files and folders are passed over, and so are links to folders, and what is no regular file.
+    Hidden files and folders, links to folders, and files that are not regular are passed over.
 
     Args:
+        folder: where to begin.
         exclude: real paths of folders that are left out.
         skip_folders: names of folders that are left out.
-        passed: is told what is passed over.
+        passed: collects the files and folders that are passed over.
+
+    Raises:
+        DataError: a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -157,7 +164,7 @@ def walk(
 
 
 def _passes_folder(path: Path, passed: PassedOver) -> bool:
-    """Whether a folder inside a folder is passed over, and told."""
+    """Whether a folder is passed over; if so, it is added to `passed`."""
     if path.name.startswith("."):
         passed.add(_HIDDEN, path)
     elif path.is_symlink():

@@ -1,16 +1,16 @@
 """Documents cut into pieces to be encoded, and the ids of the pieces joined to those of the document.
 
-The library takes many times the memory of a text to encode it, and more time for long ones. So documents
-are cut, in one of two ways, and neither changes a document's ids:
+To encode a text, the tokenizers library takes many times the text's memory, and longer per character for
+long texts. So documents are cut, in one of two ways, and neither changes a document's ids:
 
 - At a place where the tokenizer splits every text (`places_of`), if its pre-tokenizer is known to do so.
-  The pieces are encoded by themselves.
-- Anywhere, if the tokenizer is another or the text has no such place for long. Two neighbours then share
-  some text. They are joined at a token that both have: same id, same place. For BPE whose merges stand in
-  the order in which they were learnt this is exact: if no merge crosses the edges of a token in either
-  piece, none does in the document. For other models it rests on the distance of that token from where
-  each piece was cut. If two pieces have no token in common, they are encoded as one; beyond about a
-  million characters they are cut there, and the user is told.
+  Each piece is encoded by itself.
+- Anywhere, with another tokenizer, or in a long stretch of text without such a place. Two neighbours then
+  share some text. They are joined at a token that both have, with the same id at the same place. For BPE
+  whose merges stand in the order in which they were learnt this is exact: if no merge crosses the edges of
+  a token in either piece, none does in the document. For other models it is not proved, and relies on the
+  distance between that token and the cuts. If two pieces have no token in common, they are encoded as one.
+  If that would exceed about a million characters, they are cut all the same, and the user is told.
 """
 
 import re
@@ -19,20 +19,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_PIECE = 1 << 13  # characters
+# in characters
+_PIECE = 1 << 13  # a piece is cut at the first place after as many
 _LONGEST_PIECE = 1 << 16
 _OVERLAP = 1 << 10
 _LONGEST_JOINED = 1 << 20
 _LONGEST_TRAINING_WORD = 1 << 11
 
-# white space after a letter or digit, or after anything else but white space
+# a space or a new line after a letter or digit, or after anything but white space
 _AFTER_WORD = re.compile(r"[ \n](?<=[^\W_][ \n])")
 _AFTER_ANY = re.compile(r"[ \n](?<=\S[ \n])")
 _SPACE_AFTER_ANY = re.compile(r" (?<=\S )")
 Places = Sequence[re.Pattern[str]]
 GPT2_PLACES: Places = (_AFTER_WORD, _AFTER_ANY)
 
-# the patterns of GPT-4 (and Llama 3) and of Qwen 2: punctuation takes the new lines after it along
+# the patterns of GPT-4 (and Llama 3) and of Qwen 2: new lines after punctuation belong to its word
 _GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,10 +68,14 @@ class Tokens(NamedTuple):
 
 
 def places_of(content: dict[str, Any]) -> Places:
-    """Where a tokenizer of the library splits every text; nothing if that is not known of it."""
+    """The places where a tokenizer of the library splits every text; () if none are known.
+
+    Args:
+        content: of tokenizer.json.
+    """
     steps = _steps(content.get("pre_tokenizer"))
     normalizers = _steps(content.get("normalizer"), "normalizers")
-    # NFC composes nothing with the space or new line before it or after it
+    # NFC never joins a space or a new line with a character beside it
     known = all(step == {"type": "NFC"} for step in normalizers)
     known = known and not any(map(_crosses_places, content.get("added_tokens") or []))
     found = [_places_of_step(step) for step in steps]
@@ -109,7 +114,7 @@ def _places_of_step(step: Any) -> Places | None:
 
 
 def _crosses_places(token: Any) -> bool:
-    """Whether an added token can stand on both sides of a place. Special ones are not looked for."""
+    """Whether an added token can reach across a place. Special tokens are not looked for in texts."""
     if not isinstance(token, dict):
         return True
     if token.get("special"):
@@ -123,7 +128,7 @@ def cut(texts: Iterable[str], places: Places) -> Iterator[Piece]:
 
     Args:
         texts: the blocks.
-        places: as `places_of` gives them; without any, all but short documents are cut with an overlap.
+        places: as `places_of` returns them; without any, all but short documents are cut with an overlap.
     """
     pending, start, before = "", 0, 0
     for text in texts:
@@ -154,8 +159,8 @@ def _place(text: str, start: int, limit: int, places: Places) -> int | None:
 def training_pieces(texts: Iterable[str]) -> Iterator[str]:
     """Pieces of a document to train byte-level BPE on, without overlap.
 
-    Training takes time as the square of a word's length. Where a text has no place to cut it for long,
-    words are therefore cut to a length that no vocabulary needs. Other text is cut as `cut` does.
+    The time of training grows with the square of a word's length. So in a long stretch of text without a
+    place for a cut, words are cut to a length that no vocabulary needs. Other text is cut as `cut` does.
     """
     for piece in cut(texts, GPT2_PLACES):
         text = piece.text[piece.before :]
@@ -168,7 +173,7 @@ def training_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 class Joined(NamedTuple):
-    """A run of a document: its text, and its ids in the document."""
+    """A part of a document: its text, and its ids in the document, (num_tokens,)."""
 
     text: str
     ids: np.ndarray
@@ -181,8 +186,8 @@ class Joiner:
         encode: the tokens of a text; called where two pieces have no token in common, on both together.
 
     Attributes:
-        unproved: places where neighbours were joined without a common token. It takes a run of about a
-            million characters without one.
+        unproved: number of places where neighbours were joined without a common token. That happens only
+            if about a million characters have none.
     """
 
     def __init__(self, encode: Callable[[str], Tokens]) -> None:
@@ -191,7 +196,7 @@ class Joiner:
         self._held: _Held | None = None
 
     def add(self, piece: Piece, tokens: Tokens) -> Iterator[Joined]:
-        """The next piece of a document; what is certain of it and of those before."""
+        """Take the next piece of a document; yields the parts of the document whose ids are certain now."""
         held = _Held(piece.text, tokens, 0)
         if (left := self._held) is not None:
             at = _meeting(left, held, piece.before)
@@ -211,7 +216,7 @@ class Joiner:
             yield held.until(len(held.tokens.ids))
 
     def _encoded(self, text: str, start: int) -> "_Held":
-        """A text whose part before `start` has gone out already."""
+        """Encode a text whose part before `start` has been yielded already."""
         tokens = self._encode(text)
         first = int(np.searchsorted(tokens.starts, start)) if start else 0
         if start and (first == len(tokens.ids) or tokens.starts[first] != start):
@@ -221,7 +226,7 @@ class Joiner:
 
 
 class _Held(NamedTuple):
-    """A piece whose tokens from `first` on belong to the rest of its document."""
+    """A piece whose tokens before `first` have been yielded."""
 
     text: str
     tokens: Tokens
@@ -229,11 +234,11 @@ class _Held(NamedTuple):
 
     @property
     def start(self) -> int:
-        """Where those tokens begin in the text."""
+        """Where the token `first` begins in the text."""
         return self._start(self.first)
 
     def until(self, last: int) -> Joined:
-        """What the tokens from `first` to before `last` stand for."""
+        """The text and the ids of the tokens first ... last - 1."""
         ids = self.tokens.ids[self.first : last]
         return Joined(self.text[self.start : self._start(last)], ids)
 
@@ -245,9 +250,9 @@ class _Held(NamedTuple):
 
 
 def _meeting(left: _Held, right: _Held, overlap: int) -> tuple[int, int] | None:
-    """The token that both pieces have, as its index in each; of several the one in the middle."""
+    """The index in each piece of a token that both have, nearest to the overlap's middle; None: none."""
     shift = len(left.text) - overlap
-    # the first token of a piece may be there only because the piece begins there
+    # the first token of a piece may begin there only because the piece does
     there = {key: i for key, i in _whole_tokens(right.tokens, 0) if 0 < i and key[0] < overlap}
     common = [
         (abs(key[0] - shift - overlap // 2), i, there[shifted])

@@ -1,9 +1,9 @@
 """The token between documents: which one a tokenizer file of Hugging Face has.
 
-A separator is chosen once, when a data set is prepared. What was chosen is written into tokenizer.json, as
-a mark on one of its added tokens, which the tokenizers library passes over. So the hash of tokenizer.json
-covers the choice, and whoever reads the file later (training, sampling) finds it there. A file without a
-mark has the first of `NAMES_WITHOUT_MARK` that is a special token.
+A separator is chosen once, when a data set is prepared. The choice is written into tokenizer.json as a mark
+on one of its added tokens; the tokenizers library ignores the mark. So the hash of tokenizer.json covers
+the choice, and every later reader of the file (training, sampling) finds it there. In a file without a
+mark, the separator is the first of `NAMES_WITHOUT_MARK` that is a special token.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from typing import Any
 
 from .errors import DataError
 
-# what the end of a text is called in GPT-2 and Qwen, Llama 3, Llama 2, Gemma
+# the token that ends a text in GPT-2 and Qwen, Llama 3, Llama 2, Gemma
 NAMES_WITHOUT_MARK = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# A turn's end, such as <|im_end|> or <|eot_id|>, is no document's end. <|bos|> (nanochat) and [SEP]
-# (BERT) stand between documents for want of anything else.
+# The end of a turn, such as <|im_end|> or <|eot_id|>, is not the end of a document. <|bos|> (nanochat) and
+# [SEP] (BERT) are here since those tokenizers have no better token.
 KNOWN_NAMES = (
     *NAMES_WITHOUT_MARK,
     "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
@@ -35,7 +35,7 @@ _MARK = ("cupytron", "separator")
 
 
 def marked(content: dict[str, Any]) -> str | None:
-    """The name of the added token that carries the mark."""
+    """The name of the added token that carries the mark; None: no token does."""
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get(_MARK[0]) == _MARK[1]:
@@ -44,9 +44,14 @@ def marked(content: dict[str, Any]) -> str | None:
 
 
 def mark(content: dict[str, Any], name: str, i: int) -> dict[str, Any]:
-    """A copy of a tokenizer's content in which the token of that name and id carries the mark.
+    """A copy of a tokenizer's content in which one token carries the mark.
 
-    A token of the vocabulary alone becomes an added one, special as a separator is.
+    The token becomes a special added token, if it is not one already.
+
+    Args:
+        content: of tokenizer.json.
+        name: of the token.
+        i: its id.
     """
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     new = {"id": i, "content": name, **flags, "special": True}
@@ -58,13 +63,22 @@ def mark(content: dict[str, Any], name: str, i: int) -> dict[str, Any]:
         added.append(new)
     for token in added:
         if token["content"] == name:
-            # also where it was an ordinary added token: no text is to be encoded to it
+            # an ordinary added token becomes special too, so that no text is encoded to it
             token |= {"special": True, _MARK[0]: _MARK[1]}
     return {**content, "added_tokens": added}
 
 
 def require(name: str, vocabulary: Collection[str], added: Collection[str]) -> None:
-    """Raise a DataError with near names for a name that is no token."""
+    """Refuse a name that is no token.
+
+    Args:
+        name: of the token.
+        vocabulary: the names of all tokens.
+        added: the names of the added tokens.
+
+    Raises:
+        DataError: it is none; the message lists similar names.
+    """
     if name in vocabulary:
         return
     near = difflib.get_close_matches(name, added, 3, 0.5) or difflib.get_close_matches(

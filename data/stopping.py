@@ -1,4 +1,4 @@
-"""A signal that ends a process becomes an exception, so that what is half made can be removed."""
+"""Signals that end a process become exceptions, so that a half-made output can be removed."""
 
 import contextlib
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# the handlers that are replaced; any other was put there on purpose, as nohup does
+# only these handlers are replaced; any other was set on purpose, as by nohup
 _USUAL: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -23,11 +23,11 @@ class Stopped(SystemExit):
 
 
 class OrderlyStop:
-    """SIGTERM, SIGHUP and SIGINT raise one exception in all, and only inside `released`.
+    """A context in which SIGTERM, SIGHUP and SIGINT raise a single exception, and only inside `released`.
 
-    A signal that comes at another moment waits for the next `released`, or for the end. Signals after
-    the first change nothing: they must not interrupt the clean-up. Outside of the main thread, signals
-    stay as they are.
+    A signal at another moment waits for the next `released`, or for the end of the context. Signals after
+    the first change nothing: they must not interrupt the clean-up. In another thread than the main one, no
+    handler is changed.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class OrderlyStop:
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """A stretch that a signal interrupts."""
+        """A context that a signal interrupts at once."""
         self._held = False
         try:
             self._raise()

@@ -1,4 +1,4 @@
-"""Text of growing ids for tokenizers whose text of an id depends on the ids around it."""
+"""Decoding ids one after another, for tokenizers in which the text of an id depends on its neighbours."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,13 +9,14 @@ _INCOMPLETE = "\ufffd"
 
 
 class WindowDecoder(StreamDecoder):
-    """Decodes the last few ids again for each new one, and returns the text that it adds.
+    """Decodes the last few ids again for each new one, and returns the text that the new one adds.
 
     Args:
-        decode: the text of ids.
+        decode: returns the text of ids.
         prompt: ids whose text is known already.
-        byte_ids: ids that stand for one byte each. The library decodes a run of them as a whole: one
-            byte that is wrong makes replacement characters of all. So a run is held back until it ends.
+        byte_ids: ids that stand for one byte each. The library decodes neighbours among them together:
+            one wrong byte turns all of them into replacement characters. So they are held back until an
+            id follows that is none.
     """
 
     def __init__(
@@ -48,6 +49,6 @@ class WindowDecoder(StreamDecoder):
         before, text = self._decode(self._ids[: self._shown]), self._decode(self._ids)
         if text.startswith(before):
             return text[len(before) :]
-        # the new ids change the text of the prompt's last: what follows where the two part
+        # the new ids change the end of the known text: return the text after the part that stays
         same = next(i for i, c in enumerate(before) if text[i : i + 1] != c)
         return text[same:]

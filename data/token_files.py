@@ -1,4 +1,4 @@
-"""Files of token ids, and what tells which ids they hold.
+"""Files of token ids, and where the type of their ids is said.
 
 .npy             numpy.save; the header says the type
 .bin of llm.c    a header of 256 int32 says type and number
@@ -26,11 +26,17 @@ _MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8
 _LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 _LLMC_HEADER_BYTES = 1024
 _TINY = (0, 15)  # upper halves of ids below 2^16, and below 2^20
-_FEWEST = 16  # ids that it takes to tell
+_FEWEST = 16  # words above a limit that it takes to call ids wider
 
 
 class _Layout(NamedTuple):
-    """What a header or an index says: the type of ids, the byte where they begin, and who says it."""
+    """The layout of a file.
+
+    Attributes:
+        dtype: of the ids.
+        start: the byte where they begin.
+        by: the header, index or option that says so, for messages.
+    """
 
     dtype: np.dtype
     start: int
@@ -46,10 +52,10 @@ class TokenFile:
             ids look like wider ones.
 
     Attributes:
-        note: what the user should know, or None.
+        note: a line for the user, or None.
 
     Raises:
-        DataError: it cannot be read, or holds something else than the type says.
+        DataError: it cannot be read, or its bytes do not fit the type of its ids.
     """
 
     def __init__(self, path: Path, bin_dtype: str | None = None) -> None:
@@ -84,7 +90,7 @@ class TokenFile:
                 first = False
 
     def _says(self, block: bytes) -> _Layout | None:
-        """What the file itself, or an index beside it, says of its ids."""
+        """The layout that the file itself, or an index beside it, says; None: neither says one."""
         if block.startswith(_NUMPY_MAGIC):
             return _numpy_layout(self.path, self.num_bytes)
         if self.path.suffix.lower() == ".npy":
@@ -119,7 +125,7 @@ def is_megatron_index(path: Path) -> bool:
 
 def _numpy_layout(path: Path, num_bytes: int) -> _Layout:
     try:
-        # mapped, so that nothing but the header is read
+        # a map, so that only the header is read
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as an array of NumPy: {error}") from None
@@ -137,7 +143,7 @@ def _numpy_layout(path: Path, num_bytes: int) -> _Layout:
 
 
 def _llmc_layout(path: Path, block: bytes, num_bytes: int) -> _Layout | None:
-    """Reference: llm.c, dev/data/data_common.py."""
+    """The layout in llm.c's header; None: there is none. Reference: llm.c, dev/data/data_common.py."""
     if len(block) < _LLMC_HEADER_BYTES:
         return None
     magic, version, count = np.frombuffer(block, "<i4", 3).tolist()
@@ -161,11 +167,11 @@ def _llmc_layout(path: Path, block: bytes, num_bytes: int) -> _Layout | None:
 def _refuse_wider(path: Path, block: bytes, num_bytes: int) -> None:
     """Refuse ids of 32 or 64 bits that would be read as uint16.
 
-    The upper half of a 32-bit id is 0 below 2^16, and at most 15 below 2^20. So the rule: at least 16 of
-    the first words are larger than t, and all of them stand at even places, for t = 0 or t = 15. In ids
-    of 16 bits, k words that are larger fall on even places alone with a probability of about 2^-k, since
-    places mean nothing there: at most 3e-5, and 1e-300 from 1,000 such words on. Not so where every
-    second id is the same, as with one letter on a line: then the message says what to do.
+    The upper half of a 32-bit id is 0 for ids below 2^16, and at most 15 for ids below 2^20. So a file is
+    refused if, for t = 0 or t = 15, at least 16 of its first words are larger than t, and all of these
+    stand at even places. In uint16 ids places mean nothing, so k such words all stand at even places with
+    a probability of about 2^-k: at most 3e-5 in all, and 1e-300 for 1,000 words. It is different where
+    every second id is the same, as with one letter on each line; the message says what to do then.
     """
     words = np.frombuffer(block[: len(block) // 4 * 4], "<u2")
     if num_bytes % 4 or not any(_only_at_even_places(words > tiny) for tiny in _TINY):

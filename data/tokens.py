@@ -14,22 +14,24 @@ BLOCK_TOKENS = 1 << 20
 
 
 class FileTokens:
-    """The ids in a file, as a read-only array: its length, its dtype, its elements and slices.
+    """The ids in a file, as a read-only array with a length, a dtype, elements and slices.
 
-    The file is no memory map. If somebody shortens a mapped file, the next access ends the process with
-    SIGBUS, and no message. A read that comes back short is an error with a name.
+    The file is not mapped into memory. If somebody shortens a mapped file, the next access ends the process
+    with SIGBUS, without a message. A plain read that returns too few bytes raises an error with the file's
+    name.
 
-    The file stays open. A file that has been replaced by another of its name is read on as it was.
+    The file stays open: if another file takes its name, the old one is still read.
 
     Args:
-        path: raw ids.
-        dtype: of the ids in the file; the byte order is part of it.
+        path: a file of ids alone.
+        dtype: of the ids in the file, with their byte order.
 
     Attributes:
-        dtype: as given.
+        path, dtype: as given.
+        num_bytes: the file's size when it was opened.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read; each read may raise it.
     """
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
@@ -38,7 +40,7 @@ class FileTokens:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"{path}: cannot read: {error.strerror}") from error
-        # two readers of one file close it once
+        # the file is closed once, when nobody has this object any more
         weakref.finalize(self, os.close, self._file)
         self._seen = self._state()
         self.num_bytes = self._seen[0]
@@ -65,7 +67,7 @@ class FileTokens:
             yield self[start : start + BLOCK_TOKENS]
 
     def touched(self) -> bool:
-        """Whether the file's size or time of change is another than at the last call."""
+        """Whether the file's size or time of change has changed since the last call, or the opening."""
         before, self._seen = self._seen, self._state()
         return self._seen != before
 
@@ -91,7 +93,7 @@ class FileTokens:
         """`count` bytes from byte `at` on, or fewer where the file ends."""
         try:
             data = os.pread(self._file, count, at)
-            # the system gives at most 2 GiB at once
+            # one call reads at most 2 GiB
             while len(data) < count and (
                 more := os.pread(self._file, count - len(data), at + len(data))
             ):

@@ -1,7 +1,7 @@
-"""A hidden folder beside an output, in which it is made, and from which it gets its name.
+"""A hidden folder beside an output: the output is made in it, and gets its name when it is whole.
 
-The folder of a process that was killed is removed by the next process with the same output. A lock tells
-the dead from the living: the system gives it back when its owner ends, however it ends.
+If a process is killed, the next process with the same output removes the folder. A lock in it tells whether
+its owner still lives: the system releases the lock when the owner ends, in whatever way.
 
     .NAME.01234567.tmp/lock    locked as long as its owner lives
     .NAME.01234567.tmp/new     the output, until it is whole
@@ -24,12 +24,15 @@ from .errors import DataError
 
 
 class WorkFolder:
-    """A work folder of `out`; whatever happens, its end leaves `out` and nothing else.
+    """A work folder of `out`, as a context. Its end leaves `out`, old or new, and removes the work folder.
+
+    Args:
+        out: the output, a folder.
 
     Attributes:
-        path: the folder.
-        new: inside it, where the output is to be made; an empty folder at first.
-        notes: at the end, what could not be removed.
+        path: the work folder.
+        new: a folder inside it, empty at first, in which the output is to be made.
+        notes: at the end, a line for each thing that could not be removed.
     """
 
     def __init__(self, out: Path) -> None:
@@ -42,7 +45,7 @@ class WorkFolder:
         while self._lock is None:
             self.path = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.tmp"
             self.path.mkdir()
-            # None: another process has taken it for dead, and removed it
+            # None: another process took this folder for a dead one's, and removed it
             self._lock = _new_lock(self.path)
         self.new = self.path / "new"
         self.new.mkdir()
@@ -57,16 +60,18 @@ class WorkFolder:
             self._lock.close()
 
     def publish(self) -> None:
-        """Give what is in `new` the output's name, on disk; what had the name goes with this folder.
+        """Give `new` the output's name, synced to the disk.
+
+        A folder that had the name is removed with the work folder.
 
         Raises:
-            OSError: the output is what it was before.
+            OSError: the output is the old one. If only the sync of the names has failed, it is the new one.
         """
         _sync_files(self.new)
         if not self.out.exists() or not any(self.out.iterdir()):
             self.new.rename(self.out)
         elif not exchange(self.new, self.out):
-            # between these two a kill leaves neither name: `remove_dead` brings the old one back
+            # after a kill between these two nothing has the name: `remove_dead` brings the old folder back
             self.out.rename(self.path / "old")
             self.new.rename(self.out)
         for folder in (self.out.parent, self.path):
@@ -74,7 +79,11 @@ class WorkFolder:
 
 
 def remove_dead(out: Path, report: Callable[[str], None]) -> list[str]:
-    """Remove the work folders of `out` whose processes were killed, and bring back what they set aside.
+    """Remove the work folders of `out` whose owners were killed, and bring back an output set aside there.
+
+    Args:
+        out: the output.
+        report: hears what is done, a line each.
 
     Returns: notes on folders that had to stay, a line each.
     """
@@ -101,7 +110,7 @@ def remove_dead(out: Path, report: Callable[[str], None]) -> list[str]:
 
 
 def set_aside(out: Path) -> Path | None:
-    """Where a killed process left what had the name `out`, if there is such a place."""
+    """Where a killed process set aside the folder that had the name `out`; None if none did."""
     found = (folder / "old" for folder in _work_folders(Path(os.path.realpath(out))))
     return next((old for old in found if old.is_dir()), None)
 
@@ -120,7 +129,7 @@ def _work_folders(out: Path) -> list[Path]:
 
 
 def _new_lock(folder: Path) -> BinaryIO | None:
-    """The lock of a folder that has just been made; None if the folder has gone."""
+    """Make and lock the lock of a new work folder; None if another process has removed the folder."""
     path = folder / "lock"
     try:
         file = open(path, "xb")
@@ -129,7 +138,7 @@ def _new_lock(folder: Path) -> BinaryIO | None:
     try:
         ours = _lock(file)
     except OSError:
-        return file  # a file system without locks: nobody there takes a folder for dead
+        return file  # on a file system without locks, no process removes another one's folder
     if ours and path.exists():
         return file
     file.close()
@@ -150,7 +159,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _bring_back(folder: Path, out: Path) -> bool:
-    """Give back its name to what was set aside in a work folder, if nothing has taken it."""
+    """Give an output that was set aside its name back, if nothing has taken it; returns whether it did."""
     old = folder / "old"
     if not old.exists() or out.exists():
         return False
@@ -166,9 +175,9 @@ def _bring_back(folder: Path, out: Path) -> bool:
 
 
 def _remove(folder: Path) -> list[str]:
-    """Remove a work folder: its lock last, so that a kill on the way leaves a folder with a lock.
+    """Remove a work folder, its lock last, so that a kill half-way leaves a folder with a lock.
 
-    Returns: a note, if something cannot be removed; the next process with this output tries again.
+    Returns: a note if something cannot be removed; the next process with this output tries again.
     """
     try:
         for path in folder.iterdir():
@@ -184,7 +193,7 @@ def _remove(folder: Path) -> list[str]:
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it, each on disk before the next."""
+    """Make a folder and those above it, each synced to the disk before the next is made."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
