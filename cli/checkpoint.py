@@ -50,7 +50,7 @@ def verify(run: str) -> int:
 
 
 def _state(error: Exception) -> str:
-    """What is wrong with a checkpoint: damage is proven, an error of the system proves none."""
+    """What is wrong with a checkpoint: "damaged" if its files prove it, else "unreadable"."""
     from cupytron.errors import UnreadableCheckpoint
 
     return f"{'unreadable' if isinstance(error, UnreadableCheckpoint) else 'damaged'}: {error}"

@@ -139,7 +139,7 @@ def _run_rank(arguments: list[str]) -> int:
     from cupytron import progress, watchdog
 
     dog = watchdog.start(_early_timeout(arguments), launched_rank(), launched_tasks())
-    # what is registered first runs last
+    # functions run in the reverse order: end_mpi, then dog.stop
     atexit.register(dog.stop)
     atexit.register(end_mpi, dog.part)
     noted: set[str] = set()
@@ -156,7 +156,7 @@ def _run_rank(arguments: list[str]) -> int:
 
 
 def _early_timeout(arguments: list[str]) -> float:
-    """The timeout that the arguments name, before a command has read them; it will correct this one."""
+    """The timeout in the arguments, before a command has read them; the command sets the final one."""
     from cupytron.watchdog import DEFAULT_TIMEOUT
 
     found = DEFAULT_TIMEOUT

@@ -111,7 +111,7 @@ class Settings:
             return load_config(self.preset, overrides=overrides, ranks=ranks, **start)
         except ConfigError as error:
             if run and ranks > 1 and start == {"file": None} and not self.preset:
-                # this rank alone may not see the run, which is not known before MPI begins
+                # perhaps this rank alone does not see the run; the others cannot be asked before MPI begins
                 raise ConfigError(
                     f"{error}\n{run}: no checkpoint is seen there, whose settings would be taken; if other "
                     "ranks see one, put the run's folder on a file system that all ranks share"
@@ -120,13 +120,13 @@ class Settings:
 
 
 def _own_settings(run: Path) -> dict[str, Any]:
-    """Where a run's own settings are, as arguments of load_config; it may have none yet."""
+    """A run's own settings, as arguments of load_config; {"file": None} if it has none yet."""
     from cupytron.sealed import list_steps, sealed_settings
 
     if (settings := sealed_settings(run)) is not None:
         return {"start": settings}
-    # a checkpoint that a killed save set aside comes back when the run starts; a failed attempt that saved
-    # nothing leaves no settings to go on with
+    # a checkpoint that a killed save set aside is restored when the run starts, so its config.toml counts;
+    # that of a failed run that saved nothing does not
     file = run / "config.toml"
     has_saved = bool(list_steps(run)) or (run / "saved").exists()
     return {"file": str(file) if has_saved and file.is_file() else None}
@@ -175,7 +175,7 @@ checkpoint_option = click.option(
 
 
 def set_timeout(seconds: float) -> None:
-    """Tell this process's watchdog, if a launcher started others beside it, the timeout of the settings."""
+    """Give this process's watchdog, if it has one, the timeout of the settings."""
     from cupytron import watchdog
 
     if (dog := watchdog.here()) is not None:

@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Write text with a trained model.
 
-    The prompt comes first, as the tokenizer gives it back. A text ends after N tokens, or where the model
+    The prompt comes first, as the tokenizer decodes it. A text ends after N tokens, or where the model
     ends the document. Under mpirun the ranks share the model, and write what one process would.
     """
     # ranks share the layers, unless told otherwise: replicas would all write the same

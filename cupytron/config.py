@@ -182,7 +182,7 @@ class TrainConfig(_Settings):
     log_interval: Steps = Field(default=10, description="steps between progress lines")
     check_replicas: StepsOrNever = Field(
         default=0,
-        description="steps after which what several ranks hold alike is compared; 0: before saves only",
+        description="steps between comparisons of copies on several ranks; 0: before saves only",
     )
 
 

@@ -22,4 +22,4 @@ class UnreadableCheckpoint(CheckpointError):
 
 
 class GoneCheckpoint(CheckpointError):
-    """It was removed or replaced while it was read: whoever reads it looks again."""
+    """It was removed or replaced while it was read: the reader chooses again."""

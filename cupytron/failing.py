@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from cupytron import progress
 from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
 
-PATIENCE = 5  # seconds that MPI has to end the job, before this process at least ends
-START = 30  # as many where the other ranks may still be loading what they need before they begin with MPI
+PATIENCE = 5  # seconds that MPI has to end the job; then this process ends by a signal
+START = 30  # the same, where other ranks may still be loading modules, and have not begun with MPI
 _HEARD = 0.3  # seconds for the launcher to pass on what was said: it drops what comes with the end
 _FIRST = 0.7  # seconds that rank 0 has to be the one that speaks, if all ranks fail alike
 
@@ -33,8 +33,8 @@ def abort(code: int, patience: int = PATIENCE) -> NoReturn:
             stream.flush()
     if launched_tasks() > 1:
         time.sleep(_HEARD)
-        # while MPI begins or ends it takes no calls, and a process that ends there ends the job; but it may
-        # take MPICH's launcher with it, and what that has not passed on yet
+        # while MPI begins or ends it takes no calls, and a process that ends there ends the job; MPICH's
+        # launcher may end at once, too, so it first gets more time to pass on the output
         if progress.waits_for() in progress.MPI_ITSELF:
             time.sleep(2 * _HEARD)
         else:
@@ -69,11 +69,14 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
 
 
 def _join_mpi(patience: int) -> Any:
-    """Begin with MPI, if it is not begun: for one that leaves before, a launcher does not end the others,
-    which wait for it there."""
+    """Begin with MPI, if this rank has not yet.
+
+    If a rank exits before it has begun with MPI, a launcher does not end the other ranks: they would wait
+    for it in MPI_Init for ever.
+    """
     with contextlib.suppress(AttributeError):
-        # they may never begin with MPI, or another thread may be inside it with a lock that Abort wants;
-        # every launcher sees a process that a signal has ended
+        # the other ranks may never begin with MPI, or another thread may be inside it and hold a lock that
+        # Abort needs; every launcher notices a process that a signal has ended
         signal.alarm(patience)
     return begin_mpi()
 

@@ -245,7 +245,7 @@ class GPUStep:
         slot = self._ring[(self._started - 1) % _SLOTS]
 
         def wait() -> Numbers:
-            # the GPU may be slow, or wait for others': each micro-batch that is done is progress
+            # the GPU may be slow, or wait for other ranks: each micro-batch that it has done is a beat
             for done in marks:
                 with progress.waiting("the GPU's work"):
                     done.synchronize()

@@ -127,12 +127,13 @@ def begin_mpi() -> Any:
 
 
 def end_mpi(all_here: Callable[[], None]) -> None:
-    """Wait for all ranks, and end MPI, if it has begun: the watchdog sees what mpi4py's own end hides.
+    """Wait for all ranks, and end MPI, if it has begun.
 
-    mpi4py ends MPI after Python is gone, and with it the watchdog's thread.
+    mpi4py would end MPI after Python is gone. Then the watchdog's thread is gone, too, and nobody would see
+    a rank that waits there.
 
     Args:
-        all_here: called once all ranks are at this place.
+        all_here: called once all ranks have come to this place.
     """
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
@@ -146,8 +147,8 @@ def end_mpi(all_here: Callable[[], None]) -> None:
 def _init(MPI: Any) -> None:
     """Begin with MPI, as mpi4py's Init_thread() does.
 
-    That one holds Python's lock all the time: the watchdog's thread could not see that this rank waits
-    there for another one.
+    Init_thread() holds Python's lock all the time. So the watchdog's thread could not see that this rank
+    waits there for another one.
     """
     given = ctypes.c_int()
     ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(given))

@@ -25,7 +25,7 @@ MOST_SHOWN = 16  # ranks whose GPU is named at the start
 def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
     """Open a data set that the settings name. Collective.
 
-    Each copy of it is compared with its hashes, by one rank of each machine that sees the copy.
+    On each machine, one rank for each copy of it compares this copy with its hashes.
 
     Raises:
         DataError: it is missing or damaged, or the ranks see different ones; the same on every rank.
@@ -55,7 +55,7 @@ def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
 
 
 def _copy(folder: Path) -> list[tuple[int, int, int] | None]:
-    """Which files the data set's are: ranks that find the same numbers read the same copy."""
+    """Inode, time of change and size of the data set's files, which are the same on ranks with one copy."""
     found: list[tuple[int, int, int] | None] = []
     for name in ("train.bin", "val.bin"):
         try:
@@ -68,16 +68,17 @@ def _copy(folder: Path) -> list[tuple[int, int, int] | None]:
 
 
 def check_arithmetic(world: Communicator, environment: Mapping[str, Any], exact: bool) -> list[str]:
-    """Compare what decides the last bits of a rank's products. Collective.
+    """Compare the ranks' OpenBLAS kernels, which decide the last bits of products. Collective.
 
     Args:
+        world: all ranks.
         environment: process.prepare's record, with the BLAS that was loaded.
-        exact: whether the run has promised the same bits on any mesh (train.deterministic).
+        exact: whether the run promises the same bits on any mesh (train.deterministic).
 
     Returns: warnings.
 
     Raises:
-        ConfigError: ranks differ, and bits were promised; the same on every rank.
+        ConfigError: kernels differ, and the same bits are promised; the same on every rank.
     """
     kernel = environment.get("blas_loaded", environment["blas_kernel"])
     said = world.gather_objects((host(), kernel))
@@ -184,9 +185,10 @@ def check_gpu(config: RunConfig, training: bool = True) -> None:
 
 
 def watched(world: Communicator, timeout: float) -> AbstractContextManager[None]:
-    """Watch this rank while this lasts, if it is a process beside others. Collective over `world`.
+    """A context in which a watchdog watches this rank, if it is one process of several. Collective.
 
     Args:
+        world: all ranks.
         timeout: seconds without progress; 0: never.
     """
     if launched_tasks() == 1 or world.size == 1:

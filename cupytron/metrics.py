@@ -165,10 +165,10 @@ def mfu_text(record: Mapping[str, Any]) -> str:
 class MetricsWriter:
     """metrics.jsonl, an object a line; written out about once a second and before every save.
 
-    A hash of all that the file holds runs along, for the seal that a checkpoint keeps.
+    A hash of the whole file is kept up to date, for the seal in a checkpoint.
 
     Args:
-        path: the file, which is appended to.
+        path: the file; records are appended to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -195,7 +195,7 @@ class MetricsWriter:
         self._flushed = time.monotonic()
 
     def seal(self) -> dict[str, Any]:
-        """Write all of it through to the disk; returns its length in bytes and its SHA-256."""
+        """Write the file through to the disk; returns its length ("bytes") and its SHA-256 ("sha256")."""
         self.flush()
         os.fsync(self._file.fileno())
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}

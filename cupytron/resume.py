@@ -67,13 +67,15 @@ def check_fits(
 
 
 def mesh_changed(found: Checkpoint, config: RunConfig, mesh: dict[str, int]) -> list[str]:
-    """A line if the mesh is another one than the checkpoint's, and sums are added in another order on it.
+    """A line for the user if the mesh has changed since the checkpoint, and with it the order of sums.
 
     Args:
+        found: the checkpoint.
+        config: the settings in use.
         mesh: sizes of the axes, and `zero`, as checkpoints keep them.
     """
     before = found.about["mesh"]
-    # with train.deterministic the tensor axis alone changes sums
+    # with train.deterministic the tensor axis alone changes the order of sums
     counts = ("tp",) if config.train.deterministic else _MESH
     if all(before.get(key) == mesh[key] for key in counts):
         return []
@@ -106,10 +108,11 @@ def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[s
 def file_differs(path: Path, found: Checkpoint, config: RunConfig) -> Iterator[str]:
     """Lines about settings in RUN/config.toml that differ from the checkpoint's, which are used.
 
-    Nothing proves that file: it may be damaged, or somebody may have edited it in the hope of an effect.
+    Nothing proves that file: it may be damaged, or somebody may have edited it to change the run.
 
     Args:
         path: of config.toml.
+        found: the checkpoint.
         config: the settings in use.
     """
     try:
@@ -124,7 +127,7 @@ def file_differs(path: Path, found: Checkpoint, config: RunConfig) -> Iterator[s
             says = table.get(key) if isinstance(table, dict) else None
             used = now.get(section, {}).get(key)
             if says == sealed or used != sealed or (section, key) == ("data", "path"):
-                continue  # the data may have moved, and are compared by their hashes
+                continue  # the data may have moved; their hashes are compared elsewhere
             yield (
                 f"{path} says {section}.{key}={show_value(says)}, the checkpoint {show_value(sealed)}, "
                 f"which is used; to change it give --set {section}.{key}={show_value(says)}"
@@ -142,10 +145,14 @@ def prepare_folder(
     """Bring a run's folder in line with the state that it goes on from. For rank 0 alone.
 
     Args:
+        folder: of the run.
         found: the checkpoint that was resumed; None: the run begins.
-        warn: hears what is lost or replaced.
+        config: the settings in use.
+        environment: the content of environment.json.
+        dataset: the run's data.
+        warn: hears what is lost or replaced, a line each.
 
-    Returns: metrics.jsonl for writing, and the best validation loss so far.
+    Returns: metrics.jsonl for writing, and the best validation loss so far (infinity: none).
     """
     step, best, wrong = -1, None, None
     if found:

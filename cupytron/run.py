@@ -83,8 +83,8 @@ def _train(
     world: Communicator,
     trace: tuple[int, int] | None,
 ) -> Outcome:
-    """As train, with all its arguments given."""
-    # before settings are compared: a rank that does not see the run has other settings for that reason
+    """As train, with all its arguments given, inside the watchdog's context."""
+    # this comes before settings are compared: a rank that does not see the run has read other settings
     folder.compare_steps(world)
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
@@ -168,7 +168,8 @@ class _Run:
         """Build or restore the state, and bring the folder in line with it.
 
         Args:
-            init_from, resume: as train's; False: "never".
+            init_from: as in train.
+            resume: whether checkpoints in the folder are resumed; if not, there must be none.
         """
         self.note("looking for a checkpoint")
         process.note_loaded_blas(self.environment)
@@ -219,7 +220,7 @@ class _Run:
             self._set_trace(None)
 
     def _alone(self, work: Callable[[], None]) -> None:
-        """Do on rank 0 what only one may do; if it fails, every rank raises the same. Collective."""
+        """Call `work` on rank 0 alone; if it fails, every rank raises the same. Collective."""
         together(self.world, work if self.first else lambda: None)
 
     def _tidy(self, resume: bool) -> None:
@@ -262,7 +263,7 @@ class _Run:
         self.note("reading the checkpoint")
         self.trainer.load(found)
         position, counters = int(found.about["position"]), found.about.get("optimizer")
-        # checkpoints of before there was a second order do not name it
+        # checkpoints from before there was a second order do not name theirs
         order = found.about.get("order", 1)
         seq, seed = self.config.train.sequence_length, self.config.train.seed
         self.loader = Loader(self.dataset.train, seq, seed, order)
@@ -406,7 +407,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _last_good_named(self) -> Iterator[None]:
-        """Add to a NotFinite or a ReplicasDiffer from where one can go on."""
+        """Add to a NotFinite or a ReplicasDiffer the step from which the run can go on."""
         try:
             yield
         except ReplicasDiffer as error:
@@ -469,7 +470,7 @@ class _Run:
             return
         loss = total / counted
         if not math.isfinite(loss):
-            self._compare_replicas()  # one that has drifted may be the cause
+            self._compare_replicas()  # a replica that has drifted may be the cause
             raise NotFinite(
                 f"step {self.trainer.step}: validation loss {loss} is not finite; lower optim.lr; "
                 f"{self._last_good()}"

@@ -75,9 +75,9 @@ class RunFolder(RunCheckpoints):
             )
 
     def create(self) -> list[str]:
-        """Make the folders, restore what a killed save was replacing, and clear away what it left.
+        """Make the folders, restore a checkpoint that a killed save was replacing, and remove leftovers.
 
-        Returns: lines that tell of it.
+        Returns: a line for each checkpoint that was restored, or could not be read.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for name in _REPLACED:
@@ -126,11 +126,12 @@ class RunFolder(RunCheckpoints):
     # metrics
 
     def keep_metrics(self, last_step: int, size: int | None = None) -> None:
-        """Drop from metrics.jsonl what was recorded after `last_step`, and lines that cannot be read.
+        """Drop from metrics.jsonl the records after `last_step`, and lines that cannot be read.
 
         Args:
-            size: bytes of it that the checkpoint of that step has sealed; what lies beyond them was
-                recorded after the save. None: not known.
+            last_step: of the checkpoint that the run goes on from.
+            size: bytes of the file that this checkpoint has sealed; records behind them were written
+                after the save. None: not known.
         """
         if self.metrics.exists():
             kept = [line for step, line in self._steps_of_lines(size) if step <= last_step]

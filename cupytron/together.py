@@ -1,4 +1,4 @@
-"""What ranks do together: steps that all of them pass or none, and finding the ranks that are alike.
+"""Work that succeeds on all ranks or fails on all, and finding the ranks that see the same thing.
 
 A failure on one rank becomes the same error on each.
 """
@@ -61,7 +61,11 @@ def together(world: Communicator, work: Callable[[], T]) -> T:
 def alike(world: Communicator, key: object) -> list[int]:
     """The ranks that have this rank's key, in order. Collective.
 
-    Such ranks share a job that has to be done once for each key, such as hashing a file that they all see.
+    Such ranks can share work that is to be done once for each key, such as hashing a file they all see.
+
+    Args:
+        world: the ranks.
+        key: a value that is compared with ==, and can be pickled.
     """
     return [rank for rank, other in enumerate(world.gather_objects(key)) if other == key]
 

@@ -70,13 +70,13 @@ class TrainedModel:
     ) -> Iterator[str]:
         """The text after `prompt`, piece by piece; arguments as in cupytron.generate.generate.
 
-        It is what the new ids add to the text of the prompt's ids (`StreamDecoder`). So `prompt` and
-        these pieces together are what all ids are decoded to, if that begins with `prompt`. It does not
-        if the tokenizer changes the prompt (to lower case, say).
+        The pieces are the text that the new ids add to the text of the prompt's ids (`StreamDecoder`). So
+        `prompt` and the pieces together are the text of all ids, if that begins with `prompt`. It does not
+        if the tokenizer changes the prompt, such as to lower case.
 
         Args:
             prompt: None: begin as a document does (`default_prompt`).
-            echo: the prompt comes first, as its ids are decoded.
+            echo: yield the prompt first, as its ids are decoded.
 
         Raises:
             CupytronError, DataError: no tokenizer, an empty prompt, or an argument out of range.
@@ -111,11 +111,11 @@ class TrainedModel:
         pieces = _decoded(tokens, decoder)
         with _explained(self.config, self.context, sequences=1):
             if echo:
-                # only with the first text, so that errors come before the prompt
+                # together with the first text, so that an error comes before the prompt
                 yield shown + next(pieces, "")
                 yield from pieces
             else:
-                # such as a space at the end of the prompt that comes back with the next word
+                # the end of the prompt that comes back with the next word, such as a space
                 lost = prompt.removeprefix(shown) if prompt.startswith(shown) else ""
                 yield from _after(lost, pieces)
 

@@ -111,11 +111,13 @@ class Trainer:
     ) -> Callable[[], StepResult]:
         """As train_step, but on a GPU the step is only started; the function returned waits for it.
 
-        The next step may be started before. A step that is not finite is told by whoever asks first; no
-        later one has updated anything.
+        The next step may be started before that. If a step is not finite, the first such function to be
+        called raises NotFinite; later steps have not changed the weights.
 
         Args:
-            compare: compare, before the update, the copies of weights that it will overwrite.
+            inputs: as in train_step.
+            targets: as in train_step.
+            compare: whether to compare, before the update, the copies of weights that it will overwrite.
 
         Raises:
             ReplicasDiffer: they differ; nothing has been updated.
@@ -123,7 +125,8 @@ class Trainer:
         if self._gpu is None:
             loss = self.compute_gradients(inputs, targets)
             if not math.isfinite(loss):
-                self.compare_replicas()  # one that has drifted may be the cause; all ranks have this loss
+                # all ranks have this loss; a replica that has drifted may be the cause
+                self.compare_replicas()
             if compare:
                 self.compare_replicas(before_update=True)
             norm, lr = self.apply_gradients(loss)
@@ -246,13 +249,13 @@ class Trainer:
             self._gpu.write(found)
 
     def compare_replicas(self, before_update: bool = False) -> None:
-        """Compare what this rank holds with the copies of it on other ranks. Collective over the world.
+        """Compare this rank's tensors with their copies on other ranks. Collective over the world.
 
         Args:
-            before_update: a step's update comes next: compare only what it will overwrite.
+            before_update: a step's update comes next: compare only the weights that it will overwrite.
 
         Raises:
-            ReplicasDiffer: naming ranks and tensors; the same on every rank.
+            ReplicasDiffer: copies differ; it names ranks and tensors, and is the same on every rank.
         """
         if self.context.world.size == 1:
             return
@@ -305,7 +308,7 @@ def local_sequences(config: RunConfig, replica: int, replicas: int) -> np.ndarra
 def load_buckets(
     checkpoint: Checkpoint, zero: Zero, kinds: tuple[str, ...], complete: bool = True
 ) -> None:
-    """Read what this rank owns of weights ("weight") and optimizer state (its names). Collective.
+    """Read this rank's shares of weights ("weight") and optimizer state (by its names). Collective.
 
     Args:
         complete: whether the checkpoint may hold nothing else.

@@ -45,7 +45,7 @@ class Report(NamedTuple):
 
     differences: of every tensor, the largest first. tolerance: what they may be; 0 is bit for bit.
     gradient_error: of the one process against finite differences; None in float32.
-    replicas_equal: whether all that has a second copy on another rank has the same bits as that (see
+    replicas_equal: whether all tensors have the same bits as their copies on other ranks (see
         parallel/drift.py).
     groups_right: whether the ranks of each axis differ along that axis alone.
     """

@@ -47,7 +47,7 @@ class LibraryTokenizer(Tokenizer):
             added = self._tokenizer.get_added_tokens_decoder()
             # "<|endoftext|>" written out in a text is text, not the separator
             self._tokenizer.encode_special_tokens = True
-            # adds nothing where special tokens are not asked for, but can move the places of tokens
+            # without special tokens it adds nothing, but it can change the offsets of tokens
             self._tokenizer.post_processor = None
         if not vocabulary:
             raise DataError(f"{where}: the tokenizer's vocabulary is empty; train it first")
@@ -83,7 +83,7 @@ class LibraryTokenizer(Tokenizer):
         return LibraryTokenizer(marked, self._where)
 
     def _separates(self, name: str) -> bool:
-        """Whether there is a token of that name which is no word that BPE has learnt from text."""
+        """Whether there is a token of that name, and BPE has not learnt it as a word of text."""
         i = self._vocabulary.get(name)
         if i is None:
             return False
@@ -114,10 +114,10 @@ class LibraryTokenizer(Tokenizer):
             return encodings
 
     def _without_separator(self, text: str) -> Tokens:
-        """The tokens of a text whose words this model's vocabulary takes for the separator.
+        """The tokens of a text in which this model would encode some words to the separator.
 
-        The text is cut inside these words, and the parts are encoded by themselves. A tokenizer that puts
-        a space in front of a text does so for each part.
+        The text is cut inside these words, and each part is encoded by itself. A tokenizer that puts a
+        space in front of a text does so for each part.
         """
         assert self._separator_text is not None
         start, end = map(re.escape, (self._separator_text[:2], self._separator_text[2:]))
@@ -168,7 +168,7 @@ def train(texts: Iterable[str], size: int) -> LibraryTokenizer:
     """Train byte-level BPE; the same texts give the same tokenizer.
 
     Args:
-        texts: as `training_pieces` makes them (the library holds 256 at a time), consumed once.
+        texts: as `training_pieces` yields them, read once; the library has 256 in memory at a time.
         size: ids wanted, in BPE_SIZES, with the 256 bytes and the separator; a small corpus gives fewer.
 
     Raises:

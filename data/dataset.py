@@ -96,10 +96,13 @@ class Split:
             self.check(verify=True)
 
     def check(self, verify: bool) -> None:
-        """Compare every id of the file with the vocabulary; `verify`: and the file with its hash.
+        """Compare every id of the file with the vocabulary.
+
+        Args:
+            verify: compare the file with its hash, too.
 
         Raises:
-            DataError: something does not match.
+            DataError: an id is not in the vocabulary, or the hash is another.
         """
         assert isinstance(self.tokens, FileTokens) and self.vocab_size is not None
         file, digest, position = self.tokens, hashlib.sha256(), 0

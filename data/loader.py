@@ -13,7 +13,7 @@ import numpy as np
 from .dataset import Split
 from .errors import DataError
 
-# Versions of the global order. A run keeps the one that it began with, which its checkpoints name.
+# Versions of the global order. A run keeps the version that it began with; its checkpoints name it.
 #   1: an epoch begins at one of the first S tokens, so that the last tokens may be in no epoch
 #   2: an epoch begins at any token from which all its windows fit
 ORDERS = (1, 2)
@@ -73,7 +73,7 @@ class Loader:
         Shapes: inputs, targets (count, S) int64.
 
         Raises:
-            DataError: the tokens are no longer those that were opened.
+            DataError: the tokens have changed since they were opened.
         """
         self.split.check_unchanged()
         tokens, size = self.split.tokens, self.sequence_length + 1
@@ -149,7 +149,7 @@ def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
 
 
 def _check_batch(ids: np.ndarray, split: Split) -> None:
-    """Refuse ids outside the vocabulary: a lookup would take another row, or none."""
+    """Refuse ids outside the vocabulary, whose lookup would read another row, or none."""
     if split.vocab_size is not None and ids.max() >= split.vocab_size:
         raise DataError(
             f"the {split.name} split has id {ids.max()}, outside the vocabulary of {split.vocab_size}: "

@@ -63,13 +63,13 @@ def prepare_dataset(
         tokenizer: "byte", "char", "bpe:SIZE" or a tokenizer file; None: bytes, or for token files with
             `vocab_size` none at all.
         val_fraction: part of the tokens, at least 0 and below 1.
-        vocab_size: of token files whose tokenizer is not known.
-        text_field: of JSON lines.
-        overwrite: replace a prepared data set.
+        vocab_size: number of ids of token files whose tokenizer is not known.
+        text_field: the field of JSON lines to read.
+        overwrite: whether to replace a prepared data set.
         separator: the token between documents, for a tokenizer file; None: the best that it has.
         report: called with each step, for the user to see.
-        bin_dtype: one of BIN_DTYPES, for .bin files that do not say it; None: uint16, unless the ids look
-            like wider ones.
+        bin_dtype: one of BIN_DTYPES, for .bin files that do not say their type; None: uint16, and files
+            whose ids look wider are refused.
 
     Raises:
         DataError: a setting, source or tokenizer that cannot be used; nothing is left behind.

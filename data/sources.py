@@ -1,4 +1,4 @@
-"""What `prepare` reads, in blocks: text files and files of JSON lines (token files: `token_files`).
+"""The sources that `prepare` reads, in blocks: text files and JSON lines (token files: `token_files`).
 
 A document is a run of parts, each a block of text or of token ids; text is kept byte for byte (line
 ends and byte order marks too).
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     Attributes:
         first: whether it starts a document.
         text: the text, or None.
-        ids: the token ids, of any type of whole numbers, where there is no text.
+        ids: where there is no text, the token ids, (num_tokens,), of any integer type; else None.
     """
 
     first: bool
@@ -122,10 +122,11 @@ def documents(parts: Iterable[Part]) -> Iterator[Iterator[str]]:
 
 
 def why_not_json_lines(path: Path, field: str | None = None) -> str | None:
-    """Why a .json file is not one object a line, and what to do; None if its first line is one.
+    """Why a .json file is not one object a line, and what to do; None if its first line is an object.
 
     Args:
-        field: the object has to have it; None: any object will do.
+        path: of the file.
+        field: a field that the object must have; None: any object will do.
     """
     with open_file(path) as file:
         line = file.readline(_LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)

@@ -27,17 +27,21 @@ _NUM_CODE_POINTS = 0x110000
 class StreamDecoder:
     """Text of a growing sequence of ids: `push` each id, then `finish`.
 
-    A character's bytes can come in several tokens; they are held back until it is complete. What `push`
-    and `finish` return adds up to what the pushed ids add to the text of the prompt's: `decode` of all
-    ids is `decode(prompt)` and then that. If the pushed ids change the end of the prompt's text (they
-    complete a character), it is the text after the part that stays.
+    A character's bytes can come in several tokens; they are held back until it is complete. The texts that
+    `push` and `finish` return add up to the text that follows `decode(prompt)` in `decode` of all ids. If
+    the pushed ids change the end of `decode(prompt)`, since they complete a character, it is the text after
+    the part that stays.
+
+    Args:
+        tokenizer: decodes the ids.
+        prompt: ids whose text is known already.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.decode(tokenizer.bytes_of(prompt))
-        # a character that the prompt begins and does not end is a replacement character in its text
+        # if the prompt ends inside a character, its text ends with a replacement character
         self._known = "\ufffd" if self._decoder.getstate()[0] else ""
 
     def push(self, token: int) -> str:
@@ -62,10 +66,10 @@ class Tokenizer:
         vocab_size: ids are 0 .. vocab_size - 1.
         separator: the id that stands between documents, or None. No text is encoded to it.
         content: the JSON object that `save` writes.
-        token_bytes: the bytes of each id in decoded text; None where an id has none of its own (a
-            tokenizer whose decoder looks at neighbours). The separator's are those of its name.
-        keeps_bytes: whether the ids of every text have just its bytes. Where it is False, that is to be
-            checked text by text (`lossless`).
+        token_bytes: the bytes of each id in decoded text; None if the bytes of an id depend on its
+            neighbours. The separator has the bytes of its name.
+        keeps_bytes: whether the ids of every text stand for exactly its bytes. If False, each text is
+            checked (`lossless`).
         special: ids that stand for no text.
     """
 
@@ -90,18 +94,21 @@ class Tokenizer:
         return (Piece(text) for text in texts)
 
     def encode_tokens(self, texts: Sequence[str]) -> list[Tokens]:
-        """The ids of each text with their places in it. Only for tokenizers whose pieces overlap.
+        """The ids of each text with their places in it. Only for tokenizers whose `cut` makes overlaps.
 
         Raises:
-            DataError: a text that this tokenizer has no ids for.
+            DataError: a text has characters without an id.
         """
         raise NotImplementedError
 
     def with_separator(self, name: str | None) -> "Tokenizer":
-        """This tokenizer with the token of that name between documents; None: the best one it has.
+        """This tokenizer with another token between documents.
+
+        Args:
+            name: of the token; None: the best one it has.
 
         Raises:
-            DataError: no such token, or a tokenizer whose separator cannot be chosen.
+            DataError: there is no such token, or the separator of this tokenizer cannot be chosen.
         """
         if name is not None:
             own = "has none" if self.separator is None else f"has {SEPARATOR_TEXT}"

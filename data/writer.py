@@ -23,8 +23,9 @@ class Written:
     """What was written.
 
     Attributes:
-        train, val: what train.json and val.json say.
-        notes: what the user should know, a line each.
+        train: the content of train.json.
+        val: the content of val.json.
+        notes: lines for the user.
     """
 
     train: Sidecar
@@ -112,8 +113,13 @@ class _Writer:
         self._first = False
 
     def write(self, first: bool, ids: np.ndarray) -> None:
-        """Append the next ids; `first`: they start a document."""
-        # the beginning of a document may have no ids
+        """Append the next ids, and a separator before them if they start another document.
+
+        Args:
+            first: whether they start a document.
+            ids: (num_tokens,).
+        """
+        # the first part of a document may have no ids
         self._first |= first
         if not ids.size:
             return

@@ -150,10 +150,14 @@ class MPICommunicator(Communicator):
         return wait
 
     def _check_count(self, operation: str, count: int) -> None:
-        """Refuse what this MPI library has no numbers for.
+        """Refuse a message with more elements than this MPI library can count.
+
+        Args:
+            operation: for the message.
+            count: elements that go to or come from one rank.
 
         Raises:
-            CommunicationError: more elements than MOST_ELEMENTS go to or come from one rank.
+            CommunicationError: there are more than MOST_ELEMENTS.
         """
         if count > MOST_ELEMENTS:
             major, minor = MPI.Get_version()
@@ -171,7 +175,7 @@ class MPICommunicator(Communicator):
 
 
 def _bytes_of(status: Any) -> int:
-    """Bytes of a message that has come: Get_count has no number for 2 GiB and more before MPI 4."""
+    """Bytes of a received message. Before MPI 4, Get_count cannot count 2 GiB or more."""
     return status.Get_elements(MPI.BYTE)
 
 

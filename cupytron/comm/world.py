@@ -34,7 +34,7 @@ def check_same_program(world: Communicator) -> None:
     """Refuse ranks with another cupytron or NumPy than rank 0: they compute other numbers. Collective.
 
     Raises:
-        CupytronError: the same on every rank, naming the first rank that differs and its machine.
+        CupytronError: a rank differs; it names the first such rank and its machine, the same on every rank.
     """
     (first_host, first), *others = world.gather_objects((host(), running()))
     for rank, (other_host, other) in enumerate(others, start=1):
