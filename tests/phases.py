@@ -1,7 +1,7 @@
 """Where a training run can be made to stop, fail or be slow: the functions that begin each of its phases.
 
-A profile hook sees every call without importing anything: the job imports, and begins with MPI, when and as
-it always does.
+A profile hook sees every call without importing anything. So the job imports modules, and begins with MPI,
+when it always does.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# phase: (end of the file's name, the function, which call of it, whether rank 0 alone does this)
+# phase: (end of the file's name, function, which call of it, whether rank 0 alone calls it)
 PHASES = {
     "import": ("numpy/__init__.py", "<module>", 1, False),
     "options": ("cli/options.py", "Settings.load", 1, False),
@@ -36,7 +36,7 @@ PHASES = {
     "exit": ("cupytron/launcher.py", "end_mpi", 1, False),
 }
 
-# kind of slowness: (end of the file's name, the function that is called there), a nap before each call
+# kind of slow work: (end of the calling file's name, function); the job sleeps before each such call
 SLOW = {
     "start": [(".py", "<module>")],  # of every module that is imported
     "step": [("cupytron/nn/block.py", "Block.backward")],
@@ -54,7 +54,7 @@ SLOW = {
 
 
 def break_phase(phase: str, file: Path, fail: Callable[[], None]) -> None:
-    """Write the time to `file`, and fail(), where the phase begins."""
+    """Where the phase begins, write the time to `file`, and call fail()."""
     name, function, number, _ = PHASES[phase]
     calls = 0
 
@@ -73,9 +73,13 @@ def break_phase(phase: str, file: Path, fail: Callable[[], None]) -> None:
 
 
 def slow_down(kind: str, file: Path, seconds: float, long: float) -> None:
-    """Take a nap before each call of this kind; before the first fsync one of `long` seconds.
+    """Sleep before each call of this kind.
 
-    In the end `file` holds how long all naps were together.
+    Args:
+        kind: a key of SLOW.
+        file: gets the seconds of all sleeps together.
+        seconds: of one sleep.
+        long: seconds of the sleep before the first fsync; 0: as the others.
     """
     slept = 0.0
     places = SLOW[kind]

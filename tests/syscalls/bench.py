@@ -17,11 +17,17 @@ from syscalls.shim import Call
 from cupytron.cli import main
 
 LIMIT = 100  # seconds that a command may take
-CRASHED = 70  # the exit code of a child whose exception is nobody's business
+CRASHED = 70  # the exit code of a child in which an unexpected exception was raised
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code (minus the signal that killed it), what it said and called."""
+    """How a command ended.
+
+    Attributes:
+        code: its exit code; if a signal killed it, minus the signal's number.
+        output: stdout and stderr.
+        calls: its system calls that were logged.
+    """
 
     code: int
     output: str
@@ -73,8 +79,9 @@ class Bench:
         """Run a cupytron command in a child.
 
         Args:
-            prelude: called in the child, before.
-            armed: what shim.arm is told.
+            command: without the program's name.
+            prelude: called in the child before the command.
+            armed: arguments of shim.arm.
         """
         self.starts += 1
         self._log.unlink(missing_ok=True)

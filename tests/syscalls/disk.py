@@ -1,8 +1,8 @@
-"""What a disk may hold after the power has failed, given the calls that came before.
+"""The states that a disk may be in after a loss of power, given the calls before it.
 
 A program's calls change the kernel's picture of a folder at once, and the disk some time later. Only fsync
 gives order: a file's bytes are on the disk once that file was synced, its name once its folder was. This
-model replays a log of calls (shim.c) and says which states the disk may be in after each of them.
+model replays a log of calls (shim.c) and yields states that the disk may be in after each of them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ State = dict[str, bytes | None]  # a file's bytes by its path; None: a folder
 
 @dataclass
 class _File:
-    """Bytes as the kernel sees them, and as they are surely on the disk (none: never synced)."""
+    """A file's bytes as the kernel sees them, and as they surely are on the disk (None: never synced)."""
 
     data: bytes = b""
     synced: bytes | None = None
@@ -58,7 +58,7 @@ class Disk:
 
     @classmethod
     def of(cls, root: Path) -> "Disk":
-        """A disk that has surely all of a folder."""
+        """A disk that surely holds everything in a folder."""
         disk = cls(str(root))
         for path in sorted(root.rglob("*")):
             folder, name = disk._key(str(path))
@@ -71,7 +71,7 @@ class Disk:
         return disk
 
     def apply(self, call: Call) -> None:
-        """Take a call into account that has succeeded."""
+        """Apply a call that has succeeded to the kernel's picture and the disk."""
         kind = call.kind
         if kind == "mkdir":
             self._create(call.path)
@@ -130,7 +130,7 @@ class Disk:
         self.pending = [c for number, c in enumerate(self.pending) if number not in chosen]
 
     def _with_earlier(self, numbers: Iterable[int]) -> set[int]:
-        """Pending changes and all earlier ones that concern the same names: these keep their order."""
+        """These pending changes, and all earlier ones of the same names, since those keep their order."""
         wanted, chosen, names = set(numbers), set[int](), set[Key]()
         for number in reversed(range(len(self.pending))):
             change = self.pending[number].names
@@ -151,11 +151,11 @@ class Disk:
     # states
 
     def states(self, draw: random.Random, subsets: int) -> Iterator[tuple[str, State]]:
-        """States that the disk may be in now, each with a word for how.
+        """Yield states that the disk may be in now, each with words that say how.
 
         Args:
-            draw: chooses lengths and changes.
-            subsets: states with some of the pending changes, chosen at random.
+            draw: chooses lengths and changes at random.
+            subsets: number of states with only some of the pending changes.
         """
         everything = set(range(len(self.pending)))
         cut, zeros = (lambda file: _cut(file, draw)), (lambda file: _zeros(file, draw))
@@ -212,7 +212,7 @@ def _synced(file: _File) -> bytes:
 
 
 def _kept(file: _File) -> int:
-    """How many of the bytes are surely there: a file that only grew keeps its beginning."""
+    """The number of bytes that are surely there: a file that has only grown keeps its beginning."""
     synced = _synced(file)
     return len(synced) if file.data.startswith(synced) else 0
 
@@ -223,7 +223,7 @@ def _cut(file: _File, draw: random.Random) -> bytes:
 
 
 def _zeros(file: _File, draw: random.Random) -> bytes:
-    """The size is right, and from somewhere on the bytes are zero: blocks that were never written."""
+    """All bytes, but zeros from somewhere on, for blocks that were never written."""
     return _cut(file, draw).ljust(len(file.data), b"\0")
 
 
@@ -237,7 +237,7 @@ def write_state(state: State, root: Path) -> None:
 
 
 def state_hash(state: State) -> str:
-    """The same for states that are the same."""
+    """A hash that is the same for equal states."""
     digest = hashlib.sha256()
     for name, content in state.items():
         kind = "folder" if content is None else hashlib.sha256(content).hexdigest()

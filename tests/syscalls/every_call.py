@@ -32,7 +32,13 @@ OTHER_ERRORS = (errno.EDQUOT, errno.ESTALE, errno.EROFS)
 
 
 class Fault(NamedTuple):
-    """What a call is made to do."""
+    """What goes wrong, and where.
+
+    Attributes:
+        point: the number of the call.
+        action: one of the shim's actions.
+        error: the error's number, if the call fails.
+    """
 
     point: int
     action: int
@@ -50,9 +56,10 @@ class Fault(NamedTuple):
 
 
 def faults(scenario: Scenario, depth: str) -> Iterator[Fault]:
-    """What is tried at the calls of a scenario's command.
+    """The faults to be tried at the calls of a scenario's command.
 
     Args:
+        scenario: has been run once without a fault.
         depth: "few": a kill at one call of some kinds. "most": kills, ENOSPC and EIO at every call, other
             errors at one call of each kind. "all": every error at every call.
     """
@@ -60,7 +67,7 @@ def faults(scenario: Scenario, depth: str) -> Iterator[Fault]:
     one_each = one_of_each_kind(points)
     for point, call in enumerate(points):
         if depth == "most" and not scenario.exchange and call.kind not in NAMES:
-            continue  # these are as where names can be exchanged
+            continue  # the scenario that exchanges names has the same calls
         if depth == "few":
             if point in one_each and call.kind in FEW:
                 yield Fault(point, shim.KILL)
@@ -80,7 +87,7 @@ def faults(scenario: Scenario, depth: str) -> Iterator[Fault]:
 
 
 def one_of_each_kind(points: list[Call]) -> set[int]:
-    """The call in the middle of those of each kind."""
+    """The number of one call of each kind: the one in the middle."""
     places: dict[str, list[int]] = {}
     for point, call in enumerate(points):
         places.setdefault(call.kind, []).append(point)

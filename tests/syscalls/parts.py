@@ -32,7 +32,7 @@ def run_parts(
     planted: bool = False,
     workers: int = 2,
 ) -> list[dict[str, Any]]:
-    """What each process prints: its JSON object.
+    """Run a script in several processes; returns the JSON object that each of them prints.
 
     Args:
         script: every_call or power_loss.

@@ -29,7 +29,15 @@ SUBSETS = 2  # states with some of the changes of names, after each call
 
 
 class Loss(NamedTuple):
-    """A state of the disk: how it came about, the call before it, and all calls up to there."""
+    """A state of the disk after a loss of power.
+
+    Attributes:
+        how: which changes have reached the disk.
+        call: the last call before the loss.
+        calls: all calls up to that one.
+        ended: whether these are all calls of the command.
+        state: what the disk holds.
+    """
 
     how: str
     call: Call
@@ -51,7 +59,7 @@ def losses(scenario: Scenario, draw: random.Random, subsets: int) -> Iterator[Lo
             disk.apply(call)
         calls, ended = whole.calls[:number], number == len(whole.calls)
         for how, state in disk.states(draw, subsets):
-            # what is promised counts: the same state may be right now and wrong later
+            # the promise belongs to the key: the same state may be right now and wrong later
             key = (state_hash(state), scenario.promise(calls, ended))
             if key not in seen:
                 seen.add(key)
@@ -70,7 +78,7 @@ def try_loss(scenario: Scenario, loss: Loss) -> Iterator[str]:
         return  # refused with a clear message, and nothing had been promised
     for line in scenario.wrong_in_the_end(promise, again):
         if not (line.startswith(LEFT) and "remove it if none is" in again.output):
-            # without its lock's name, nobody can tell a dead data prepare from a living one: it is told
+            # without its lock, a dead data prepare looks like a living one: its folder stays, with a note
             yield line
 
 

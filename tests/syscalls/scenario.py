@@ -1,7 +1,6 @@
 """A command that changes files, and what must hold after it was killed or failed.
 
-After a fault the same command is given again, and the root must then be as after a command that nothing
-happened to.
+After a fault the same command is given again. Then the root must be as after a command without a fault.
 """
 
 from collections import Counter
@@ -18,8 +17,9 @@ class Scenario:
     """A command, the state that it begins from, and what is right afterwards.
 
     Attributes:
-        exchange: False: the file system cannot exchange two names.
-        right: what the root holds after an unbroken command (`holds`).
+        name: for messages.
+        exchange: whether the file system can exchange two names.
+        right: what the root holds after a command without a fault (`holds`).
         unbroken: how that command ended.
     """
 
@@ -53,33 +53,40 @@ class Scenario:
         return self.bench.run(self.command(), **{"exchange": self.exchange, **armed})
 
     def listed(self) -> set[str]:
-        """The names of all files and folders that have to be there in the end, and of no others."""
+        """The names of all files and folders in the root; in the end there must be no others."""
         root = self.bench.root
         return {str(path.relative_to(root)) for path in root.rglob("*")}
 
     def promise(self, calls: list[Call], ended: bool) -> int:
-        """What must not be lost any more after these calls; 0: nothing yet.
+        """The step, or other number, that must not be lost any more after these calls; 0: nothing yet.
 
         Args:
-            ended: these are all calls of the command.
+            calls: of the command, so far.
+            ended: whether these are all its calls.
         """
         raise NotImplementedError
 
-    # what may be wrong: each yields a line for everything
+    # each yields a line for everything that is wrong
 
     def wrong_at_once(self, ended: Ended) -> Iterator[str]:
-        """After the fault, before anything else is started."""
+        """What is wrong right after the fault, before anything else is started."""
         yield from ()
 
     def wrong_after_power_loss(self, calls: list[Call], ended: bool) -> Iterator[str]:
-        """Before anything is started after a loss of power; what was called before it."""
+        """What is wrong right after a loss of power, before anything is started.
+
+        Args:
+            calls: of the command before the loss.
+            ended: whether these are all its calls.
+        """
         yield from ()
 
     def wrong_in_the_end(self, promise: int, ended: Ended) -> Iterator[str]:
-        """After the same command was given again and did all of its work.
+        """What is wrong after the same command was given again.
 
         Args:
             promise: what had been promised before (`promise`).
+            ended: how the command ended that was given again.
         """
         if ended.code != 0:
             yield f"the same command then ends with {ended.code}: {_short(ended.output)}"
@@ -89,14 +96,17 @@ class Scenario:
             yield f"{LEFT}{', '.join(more)}"
 
     def wrong_content(self) -> Iterator[str]:
-        """What the root lacks, or holds in another form than after an unbroken command."""
+        """Where the root differs from that after a command without a fault."""
         found = self.holds()
         for key, value in self.right.items():
             if found.get(key) != value:
                 yield f"{key}: {_difference(value, found.get(key))}"
 
     def wrong_failure(self, ended: Ended) -> Iterator[str]:
-        """A command with a failed call: one line that says what, or all of its work done."""
+        """What is wrong with the end of a command in which a call failed.
+
+        It has to end with one line that says what failed, or to have done all of its work.
+        """
         if ended.code == 0:
             yield from (f"exit code 0, but {wrong}" for wrong in self.wrong_content())
             return

@@ -46,13 +46,13 @@ TINY = [
 
 
 def _record(record: dict[str, Any]) -> str:
-    """What is the same in every run, of a line in metrics.jsonl."""
+    """The part of a record of metrics.jsonl that is the same in every run."""
     names = ("step", "loss", "grad_norm", "val_loss")
     return " ".join(f"{name}={record[name]:.9g}" for name in names if name in record)
 
 
 class Train(Scenario):
-    """A run from its first step: saves, prunes, keeps the best, writes a trace."""
+    """A run from its first step, which saves, prunes, keeps the best checkpoint and writes a trace."""
 
     name = "train"
 
@@ -119,11 +119,12 @@ class Train(Scenario):
         return set()
 
     def wrong_number(self, names: set[str], ended: Ended, spare: int) -> Iterator[str]:
-        """More than `keep` + 2 checkpoints at a time, whole or not, hidden or not.
+        """Yield a line if there were more than keep + 2 checkpoints at a time, whole or not, hidden or not.
 
         Args:
             names: in checkpoints/ before the command.
-            spare: so many more may be there.
+            ended: the command.
+            spare: checkpoints that may be there besides.
         """
         place, most = str(self.folder.checkpoints), set(names)
         for found in names_over_time(place, names, ended.calls):
@@ -133,7 +134,7 @@ class Train(Scenario):
 
 
 def spare(calls: list[Call]) -> int:
-    """What could not be removed stays until the next start: 1 if a call that removes has failed."""
+    """Checkpoints that may be left until the next start: 1 if a call that removes has failed, else 0."""
     failed = [call.kind for call in calls if call.result < 0 and call.result != -errno.ENOENT]
     return int(not {"unlink", "rmdir", "rename"}.isdisjoint(failed))
 
@@ -198,9 +199,9 @@ class ResumeWithoutExchange(Resume):
 
 
 class Recover(Resume):
-    """A run goes on after a kill in the middle of replacing a save: what was left is put in order.
+    """A run goes on after a kill in the middle of replacing a save, and restores the old checkpoint.
 
-    The kill came where names cannot be exchanged, so that the checkpoint has no name of its own.
+    Names could not be exchanged there, so that no checkpoint has the name.
     """
 
     name = "recover"

@@ -1,4 +1,4 @@
-"""All scenarios, and the log's marks of what was promised."""
+"""All scenarios, the marks in the log that say when a save has returned, and planted faults."""
 
 import contextlib
 import os
@@ -36,11 +36,11 @@ def note_saves() -> None:
     checkpoint.write = write_and_mark
 
 
-# planted faults, which have to be seen: a check that sees nothing would pass
+# planted faults, which have to be seen: a check that never sees anything would pass, too
 
 
 def planted() -> bool:
-    """Whether the scripts shall try them, too."""
+    """Whether the scripts are to try planted faults, too."""
     return bool(os.environ.get("CUPYTRON_PLANTED"))
 
 

@@ -2,8 +2,8 @@
    to kill the process, or to fail.
 
    Loaded with LD_PRELOAD, its functions stand before those of the C library. Each counts its call, lets
-   the kernel do it (or not), and notes it in a log that syscalls/shim.py reads. fsync is only noted: what a
-   disk keeps is a model's business (syscalls/power_loss.py). Linux alone. */
+   the kernel do it (or not), and notes it in a log that syscalls/shim.py reads. An fsync is only noted, and
+   not done: syscalls/disk.py is a model of what a disk keeps. It works on Linux only. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -44,7 +44,7 @@ static long real(long number, long a, long b, long c, long d, long e)
     return kernel(number, a, b, c, d, e);
 }
 
-/* Where a path relative to a folder's descriptor leads. */
+/* The absolute path of a path that is relative to a folder's descriptor. */
 static void resolve(int at, const char *path, char *out)
 {
     char link[64];
@@ -77,7 +77,7 @@ static int watched(const char *path)
         && (path[plan.length] == '/' || !path[plan.length]);
 }
 
-/* A line, and after it `size` bytes of data. */
+/* Write a line to the log, and after it `size` bytes of data. */
 static void note(const char *kind, long result, const char *path, const char *other, long offset,
                  const void *data, size_t size)
 {
@@ -93,7 +93,8 @@ static void note(const char *kind, long result, const char *path, const char *ot
         real(SYS_write, plan.log, (long)data, size, 0, 0);
 }
 
-/* Whether a call goes on: 0; half of it: 1; not at all, with errno set: -1. Or the process ends here. */
+/* Count a call. Returns 0: do all of it; 1: half of it; -1: none of it, and errno is set. Or the process
+   ends here. */
 static int begin(const char *kind, const char *path, const char *other, int takes_room)
 {
     int due = calls++ == plan.point;
@@ -199,7 +200,7 @@ OPEN(open64)
 OPENAT(openat)
 OPENAT(openat64)
 
-/* The three kinds of write. A position below 0 is the file's own. */
+/* write, pwrite and writev. A position below 0 stands for the file's own position. */
 static ssize_t write_at(int fd, const void *data, size_t size, off_t position, const struct iovec *parts,
                         int count)
 {
@@ -250,7 +251,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count)
     return write_at(fd, NULL, 0, -1, parts, count);
 }
 
-/* A call on a descriptor; the kernel is not asked to do an fsync, see above. */
+/* A call on a descriptor. An fsync does not reach the kernel: see above. */
 static int on_descriptor(const char *kind, int fd, long number, long argument, int takes_room)
 {
     char path[PATH_MAX];
@@ -270,7 +271,7 @@ int fdatasync(int fd) { return on_descriptor("fsync", fd, -1, 0, 0); }
 int ftruncate(int fd, off_t size) { return on_descriptor("ftruncate", fd, SYS_ftruncate, size, 0); }
 int ftruncate64(int fd, off64_t size) { return on_descriptor("ftruncate", fd, SYS_ftruncate, size, 0); }
 
-/* Network file systems tell of a full disk here. The descriptor is closed even so. */
+/* Network file systems report a full disk at close. The descriptor is closed all the same. */
 int close(int fd)
 {
     char path[PATH_MAX];

@@ -20,7 +20,7 @@ class Call(NamedTuple):
         result: what it returned; below 0: minus the error's number.
         path, other: absolute; `other` is the new name of a rename.
         offset: of a write; the flags of an open; the new size of a file that is cut.
-        data: that was written, where it was asked for.
+        data: the bytes that were written, if they were to be logged.
     """
 
     kind: str
@@ -64,11 +64,13 @@ def arm(
     """Watch a folder from now on; this process was started with the shim loaded.
 
     Args:
-        log: a descriptor; every call is noted there.
+        folder: the folder.
+        log: the descriptor of a file in which every call is noted.
         with_data: note the bytes written, too.
-        point: the number of the call that is acted on, from 0.
-        action, error: what it does, and the error's number if it fails.
-        exchange: False: renameat2 cannot exchange two names, as on some file systems.
+        point: the number of the call at which something goes wrong, from 0.
+        action: KILL, KILL_HALF_WAY, FAIL or FAIL_FROM_HERE.
+        error: the error's number, if the call fails.
+        exchange: whether renameat2 can exchange two names; on some file systems it cannot.
     """
     ctypes.CDLL(None).shim_arm(
         os.fsencode(folder), log, with_data, ctypes.c_long(point), action, error, not exchange
@@ -76,12 +78,12 @@ def arm(
 
 
 def disarm() -> None:
-    """Watch nothing any more."""
+    """Stop watching."""
     ctypes.CDLL(None).shim_arm(b"", -1, 0, ctypes.c_long(NOWHERE), 0, 0, 0)
 
 
 def mark(text: str) -> None:
-    """Put a line of the test's own between the calls in the log."""
+    """Write a line of the test's own to the log, between the calls."""
     ctypes.CDLL(None).shim_mark(text.encode())
 
 

@@ -63,7 +63,7 @@ class TrainOnTwoRanks(Train):
         return super().command("train.micro_batch=1", *settings)
 
     def promise(self, calls: list[Call], ended: bool) -> int:
-        """The newest step that has its name."""
+        """The newest step whose checkpoint has its name."""
         named = (re.search(r"/step-(\d+)$", c.other) for c in calls if c.result >= 0)
         return max([0, *(int(match[1]) for match in named if match)])
 
