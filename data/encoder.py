@@ -54,8 +54,8 @@ class Encoder:
         if self._unproved:
             notes.append(
                 f"texts had to be cut at {self._unproved:,} places where their ids may differ from "
-                "those of the whole document; such a text has no place to cut it, and no token that "
-                "two of its pieces have in common, in about a million characters"
+                "those of the whole document; there, about a million characters had no place for a cut, "
+                "and no token that two pieces have in common"
             )
         return notes
 

@@ -105,7 +105,7 @@ class TokenFile:
             code = file.read(len(_MEGATRON_MAGIC) + 9)[-1]
         if code not in _MEGATRON_DTYPES:
             raise DataError(
-                f"{index}: its type of ids, {code}, is not known as one of whole numbers"
+                f"{index}: its type of ids, {code}, is not known, or is no integer type"
             )
         self.note = (
             f"{self.path}: the documents' ends in {index.name} are not used; where its ids hold no "

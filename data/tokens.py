@@ -104,6 +104,6 @@ class FileTokens:
 
     def _unreadable(self, error: OSError) -> DataError:
         return DataError(
-            f"{self.path}: cannot read: {error.strerror}; see that the file system is there, and start "
+            f"{self.path}: cannot read: {error.strerror}; check that the file system is there, and start "
             "the same command again"
         )

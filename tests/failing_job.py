@@ -4,7 +4,7 @@ python tests/failing_job.py KIND PHASE RANK FILE train --data ...
 
 The rank writes the time to FILE, and then fails in the way of KIND: before the first step, in the third
 one, or while it writes a checkpoint. PHASE may also be one of phases.py, such as "at:materialize". With
-"slow:NAP:LONG" as KIND and a kind of slowness as PHASE the rank is slow there, but does not fail.
+"slow:NAP:LONG" as KIND, and a key of phases.SLOW as PHASE, the rank is slow there, but does not fail.
 """
 
 import os

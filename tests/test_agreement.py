@@ -24,7 +24,7 @@ SHARE = "put the run's folder on a file system that all ranks share"
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Ranks that look again at once."""
+    """Let ranks that differ look again at once, without pauses."""
     monkeypatch.setattr(agreement, "PAUSES", (0.001, 0.001))
 
 
@@ -36,7 +36,7 @@ def write(folder, step, loss=None, value=1.0):
 
 @pytest.fixture
 def nodes(tmp_path):
-    """The folders of one run on two nodes' own disks, alike so far."""
+    """The folders of one run on two nodes' own disks, with the same checkpoints."""
     first = RunFolder(tmp_path / "n0" / "run")
     for step, loss in ((10, 1.0), (20, 2.0), (30, 1.5)):
         write(first, step, loss)
@@ -45,7 +45,7 @@ def nodes(tmp_path):
 
 
 def choose(nodes, which):
-    """What each rank finds, or the error that it meets; and what each was warned of."""
+    """The checkpoint that each rank finds, or its error; and the warnings of each rank."""
     warnings = [[], []]
 
     def body(world):
@@ -206,7 +206,7 @@ def test_ranks_load_one_model_or_none(two_disks):
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("how", ["resumed", "init from", "new on rank 0"])
 def test_ranks_train_one_run_or_none(two_disks, data, monkeypatch, how):
-    """Threads have one working folder: each rank's relative paths are put below its own here."""
+    """Threads share one working folder, so each rank's relative paths are put below a folder of its own."""
     here = threading.local()
 
     def on_own_disk(path):

@@ -15,7 +15,7 @@ from cupytron.errors import CheckpointError
 from cupytron.manifest import MANIFEST
 
 STEP = "step-00000020"
-# what Python itself tells of calls that change a folder: one event before each call
+# Python's audit events before calls that change a folder
 CALLS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
 
 
@@ -26,7 +26,7 @@ def save(folder, value):
 
 
 def value_of(folder):
-    """Of the checkpoint that stands there, verified."""
+    """The value of the checkpoint in `folder`, which is verified."""
     found = Checkpoint(folder / STEP)
     assert set(dict(found.tensors())["weight/a"]) == {found.about["value"]}
     return found.about["value"]
@@ -34,14 +34,14 @@ def value_of(folder):
 
 @pytest.fixture(params=["exchanged", "set aside"])
 def replacing(request, monkeypatch):
-    """How a save takes the place of another: at once, or where the file system cannot do so."""
+    """How a save takes the place of another: names are exchanged, or the old folder is set aside."""
     if request.param == "set aside":
         monkeypatch.setattr(checkpoint_folders, "exchange", lambda one, other: False)
     return request.param
 
 
 def killed_at(number, work):
-    """Run work() in a process that is killed at its number-th call; whether it was."""
+    """Run work() in a process that is killed at its call of this number; returns whether it was killed."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -79,7 +79,7 @@ def test_a_save_that_is_killed_anywhere_loses_nothing(tmp_path, replacing):
 
 
 def test_names_are_exchanged_here(tmp_path):
-    """A test of what is never missing would pass for nothing where names cannot be exchanged."""
+    """Where names cannot be exchanged, the test that no name is ever missing would prove nothing."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -100,7 +100,7 @@ def test_a_save_whose_calls_fail_leaves_the_old(tmp_path, monkeypatch, replacing
         nonlocal left
         left -= 1
         if left < 0:
-            left = 1000  # what comes after is to put things right
+            left = 1000  # the calls after it, which put things right, succeed
             raise OSError(errno.EIO, "Input/output error")
         return original(*arguments, **options)
 
@@ -148,7 +148,7 @@ def test_what_is_written_is_synced_before_it_is_named_and_before_the_old_goes(
     temporary = f".tmp-{STEP}-{os.getpid()}"
     written = [("fsync", "rank-00000.safetensors"), ("fsync", MANIFEST), ("fsync", temporary)]
     assert happened[:3] == written
-    # the first save: nobody has written the names of the run's folders through yet
+    # the first save also syncs the folders above, whose names may be new
     assert happened[3:6] == [("fsync", "run"), ("fsync", tmp_path.name), *happened[5:6]]
     assert happened[-2:] == [("rename", STEP), ("fsync", "checkpoints")]
     happened.clear()

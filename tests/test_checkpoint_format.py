@@ -1,4 +1,4 @@
-"""The files of a checkpoint: other formats, what is written, and nonsense that is refused."""
+"""The files of a checkpoint: other formats, the bytes that are written, and nonsense that is refused."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_format_1_is_read():
     found.verify()
     shapes = found.shapes()
     assert len(shapes) == 48 and shapes["weight/embedding.weight"] == ((39, 4), np.float32)
-    # as that version itself prints it
+    # the digest that version 0.1.0 itself prints
     assert found.digest()["all"] == (
         "6c91e7a5bad64cf79facffeab1322069a8b2736a83523493da42212580d1e625"
     )
@@ -90,7 +90,7 @@ def test_damage_in_format_1_is_found(tmp_path, name):
 
 
 def test_a_run_goes_on_from_format_1(tmp_path):
-    """To the same bits as from the same tensors in today's format."""
+    """The run ends with the same bits as one resumed from the same tensors in today's format."""
     data = runs.make_data(tmp_path)
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(FORMAT_1, RunFolder(old).place(4))
@@ -166,7 +166,7 @@ def test_what_nobody_could_read_is_not_written(tmp_path, monkeypatch):
 
 
 def test_a_manifest_that_is_too_large_is_no_damage(tmp_path, monkeypatch):
-    """Earlier versions wrote such manifests for large jobs."""
+    """Earlier versions wrote such large manifests for large jobs."""
     write(tmp_path / "a", note="x" * 2000)
     monkeypatch.setattr(manifest, "MAX_BYTES", 2000)
     with pytest.raises(UnreadableCheckpoint, match="at most 2000"):

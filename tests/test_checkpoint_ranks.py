@@ -179,7 +179,7 @@ def test_damage_is_found_by_all_ranks(tmp_path, size, damaged):
 
 
 def on_machines(folder, size):
-    """A checkpoint copied to the disks of two machines, and what gives a rank its own machine's."""
+    """A checkpoint copied to two machines' disks, and a function that gives a rank its machine's copy."""
     run_ranks(
         3,
         lambda comm: checkpoint.write(folder / "0", pieces_of(comm.rank, 3, 1), {"step": 1}, comm),
@@ -205,7 +205,7 @@ def test_a_damaged_copy_is_found_by_its_own_ranks(tmp_path, size, damaged, machi
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_files_are_hashed_once_by_those_who_share_them(tmp_path, monkeypatch, copies):
-    """And afterwards nobody reads a header to find the pieces."""
+    """Afterwards no rank has to read a header to find the pieces."""
     opened = on_machines(tmp_path, 4)
     hashed, headers = [], []
     verified_head, table = CheckpointFiles._verified_head, CheckpointFiles.table
@@ -309,7 +309,7 @@ def listed(shape, box, start, stop):
 
 
 def wrong_with(pieces):
-    """What `untiled` says of pieces of one tensor."""
+    """The result of `untiled` for pieces of one tensor."""
     table = piece_table.table_of(0, pieces, [0] * len(pieces))
     return piece_table.untiled("a", piece_table.by_tensor(table)["a"])
 
@@ -338,7 +338,7 @@ def test_pieces_that_do_not_tile_are_found(case, data):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_boxes_tile_or_not_as_counting_says(data):
-    """Boxes drawn at random, some of them moved from where they tile; counted element by element."""
+    """Boxes are drawn at random, some of them moved from their place; elements are counted one by one."""
     shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
     count = np.zeros(shape, int)
     pieces = []
@@ -348,7 +348,7 @@ def test_any_boxes_tile_or_not_as_counting_says(data):
         if volume(box):
             count[tuple(slice(a, b) for a, b in box)] += 1
         pieces.append(listed(shape, box, 0, volume(box)))
-    # complete with single elements what no box holds, perhaps
+    # perhaps add each element that no box holds as a box of its own
     if data.draw(st.booleans()):
         for index in np.argwhere(count == 0):
             pieces.append(listed(shape, tuple((int(i), int(i) + 1) for i in index), 0, 1))
@@ -381,7 +381,7 @@ def test_many_boxes_are_compared_at_once():
 
 
 def test_only_what_overlaps_is_read(tmp_path):
-    """Its part of a checkpoint comes whole though another rank's file is gone meanwhile."""
+    """A rank reads its own part whole, though another rank's file is gone meanwhile."""
     run_ranks(
         3,
         lambda comm: checkpoint.write(

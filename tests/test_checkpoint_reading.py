@@ -1,4 +1,4 @@
-"""Files that cannot be read, are cut, or vanish while they are read: which error says what."""
+"""Files that cannot be read, are cut, or vanish while they are read: each gives its own error."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ def read(folder):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """A function that makes reads of a file fail, some times; it returns the pauses made."""
+    """A function that makes some reads of a file fail, and returns the pauses between the tries."""
     pauses = []
     monkeypatch.setattr(reading.time, "sleep", pauses.append)
 
@@ -124,7 +124,7 @@ def test_what_is_removed_or_replaced_is_gone_not_damaged(tmp_path, happens, veri
 
 
 def test_values_of_another_checkpoint_are_not_returned(tmp_path):
-    """The same lists and sizes, other values: only the manifest tells."""
+    """Lists and sizes are the same, values are not: only the manifest shows it."""
     write(tmp_path / "a", 1.0)
     found = Checkpoint(tmp_path / "a")
     found.verify()

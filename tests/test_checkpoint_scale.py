@@ -1,4 +1,4 @@
-"""Checkpoints of jobs with thousands of ranks, each rank's part written in turn by this process."""
+"""Checkpoints of jobs with thousands of ranks: this process writes each rank's part in turn."""
 
 import pickle
 from pathlib import Path
@@ -19,7 +19,7 @@ def shape_of(ranks):
 
 
 def pieces_of(rank, ranks, blocks):
-    """A rank's piece of one tensor a block; the values are the elements' places in the tensor."""
+    """A rank's pieces, one of a tensor for each block; values are the elements' places in the tensor."""
     shape = shape_of(ranks)
     dp, tp = divmod(rank, TP)
     box = ((0, shape[0]), (tp * COLUMNS, (tp + 1) * COLUMNS))
@@ -60,7 +60,7 @@ def check_values(found, ranks, blocks):
 
 @pytest.fixture(autouse=True)
 def no_disk(monkeypatch):
-    """Thousands of files need not reach the disk here."""
+    """Nothing is synced: here thousands of files need not reach the disk."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 

@@ -74,7 +74,7 @@ def test_a_send_is_delivered_though_its_sender_has_ended():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_message_of_more_than_2_gib_that_came_whole_is_right(name):
-    """Open MPI has no number of bytes above 2^31 - 1 for Get_count. It takes 2.1 GiB in each rank."""
+    """Open MPI's Get_count cannot count more than 2^31 - 1 bytes. The test takes 2.1 GiB in each rank."""
     code = (
         "import numpy as np\n"
         "from cupytron.comm import open_world\n"

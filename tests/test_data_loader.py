@@ -153,7 +153,7 @@ FIRST_ORDER = {
 
 @pytest.mark.parametrize(("num_tokens", "sequence_length", "seed"), FIRST_ORDER)
 def test_the_first_order_stays_as_it_was(num_tokens, sequence_length, seed):
-    """Runs that began with it go on with the same samples."""
+    """Runs that began with order 1 go on with the same samples."""
     loader = Loader(split(num_tokens), sequence_length, seed, order=1)
     first, later = FIRST_ORDER[num_tokens, sequence_length, seed]
     assert loader.starts(0, 6).tolist() == first
@@ -161,7 +161,7 @@ def test_the_first_order_stays_as_it_was(num_tokens, sequence_length, seed):
 
 
 def test_the_last_tokens_are_learned_too():
-    """The last 63 of 191 characters were a target in no epoch."""
+    """In order 1, the last 63 of 191 characters were a target in no epoch."""
     text = ("abcdefgh" * 100)[:128] + ("STUVWXYZ" * 100)[:63]
     tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
     learned = Loader(Split(tokens, None, "train"), 64, seed=1).batch(0, 2000)[1]

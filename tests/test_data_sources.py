@@ -1,4 +1,4 @@
-"""What each kind of file becomes: ids of every type, JSON lines by every name; what is refused or told."""
+"""Sources: ids of every type, JSON lines by every name, and files that are refused or passed over."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ def write(path, data):
 
 
 def prepare(*sources, **settings):
-    """Prepare, and give the stream of ids and the notes back."""
+    """Prepare a data set; returns the stream of ids and the notes."""
     result = prepare_dataset(sources, "out", overwrite=True, val_fraction=0, **settings)
     return open_dataset("out", verify=True).train.tokens[:].tolist(), result.notes
 
@@ -47,7 +47,7 @@ def ids(count, below, dtype, seed=1):
     return np.random.default_rng(seed).integers(0, below, count).astype(np.dtype(dtype))
 
 
-# dtype in the file, ids below, what it looks like
+# dtype in the file, a bound of the ids, the dtype that the file looks like
 WIDE = [
     ("<u4", 50_257, "uint32"),
     ("<u4", LLAMA, "uint32"),
@@ -63,7 +63,7 @@ WIDE = [
 @pytest.mark.parametrize(("dtype", "below", "name"), WIDE)
 @pytest.mark.parametrize("count", [40, 5001, 300_000])
 def test_ids_of_32_and_64_bits_are_told_from_uint16(here, dtype, below, name, count):
-    """They were read as uint16: every second token was garbage, exit 0."""
+    """Such files were once read as uint16: every second token was garbage, and the exit code was 0."""
     wanted = ids(count, below, dtype)
     write(here / "a.bin", wanted.tobytes())
     if count == 5001 and name == "uint32":
@@ -85,7 +85,7 @@ def test_uint16_is_read_without_complaint_whatever_the_vocabulary(here, below, c
 
 
 def test_uint16_of_text_is_read_without_complaint(here):
-    """As nanoGPT's prepare.py writes characters; also all zeros, and a file that begins with them."""
+    """Characters as nanoGPT's prepare.py writes them; zeros alone; and a file that begins with zeros."""
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
     characters = sorted(set(text))
     samples = [[characters.index(c) for c in text], [0] * 1000, [0] * 500 + [7] * 500]
@@ -170,7 +170,7 @@ def llmc(magic, version, values):
     ("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")]
 )
 def test_llmc_shards(here, magic, version, dtype):
-    """Their headers were read as 512 tokens."""
+    """Their headers were once read as 512 tokens."""
     wanted = ids(3000, 50_000, dtype)
     data = llmc(magic, version, wanted)
     write(here / "a.bin", data)
@@ -208,7 +208,7 @@ LINES = '{"text": "a", "body": "x"}\n\n{"body": "y", "text": "b"}\n'
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.json", "a.NDJSON"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_json_lines_by_every_name(here, name, folder):
-    """They were raw text, and --text-field was ignored."""
+    """Such files were once read as raw text, and --text-field was ignored."""
     write(here / "in" / name, LINES)
     source = "in" if folder else f"in/{name}"
     assert prepare(source)[0] == [ord("a"), 256, ord("b")]
@@ -241,7 +241,7 @@ def test_other_json_is_refused_and_in_a_folder_passed_over(here, content, messag
 
 
 def test_json_in_a_folder_without_the_field_is_passed_over_and_told(here):
-    """A folder of code holds such files; one that is given by name is an error."""
+    """A folder of code holds such files. If one is given by name, that is an error."""
     write(here / "in" / "package.json", '{"name": "x"}')
     write(here / "in" / "b.py", "b")
     stream, notes = prepare("in")
@@ -287,7 +287,7 @@ def test_a_folder_whose_corpus_cannot_be_read_is_not_trained_on_the_rest(here, n
 
 
 def test_a_folder_of_save_to_disk_is_refused(here):
-    """It was trained on: its two JSON files are UTF-8."""
+    """Such a folder was once taken for text, since its two JSON files are UTF-8."""
     write(here / "in" / "dataset_info.json", json.dumps({"citation": "", "features": {}}))
     write(here / "in" / "state.json", json.dumps({"_fingerprint": "1"}, indent=2))
     write(here / "in" / "data-00000-of-00001.arrow", b"\xff\xff\xff\xff\0\1")

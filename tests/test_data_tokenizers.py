@@ -151,7 +151,7 @@ def test_bpe_cut_pieces_have_the_ids_of_the_whole(bpe):
     text = "\u6f22\u5b57\u3002\n" * 30_000
     pieces = [piece.text for piece in bpe.cut([text])]
     assert len(pieces) > 1 and [i for p in pieces for i in bpe.encode(p)] == bpe.encode(text)
-    # nowhere to cut: still all of it, in pieces that share some text
+    # a text without a place for a cut: all of it comes, in pieces that share some text
     pieces = list(bpe.cut(["-" * 70_000] * 4))
     assert "".join(p.text[p.before :] for p in pieces) == "-" * 280_000
     assert max(len(p.text) for p in pieces) <= 1 << 16
@@ -165,11 +165,11 @@ def acgt(count):
 
 
 def test_pieces_to_train_on_are_short_where_there_is_no_place_to_cut():
-    """Training takes as long as the square of a word: 262,144 letters took 8 s, and now 0.4."""
+    """Training time grows with the square of a word's length: 262,144 letters took 8 s, and now 0.4 s."""
     text = acgt(1 << 18)
     pieces = list(training_pieces([text[:100_000], text[100_000:]]))
     assert "".join(pieces) == text and max(map(len, pieces)) == 1 << 11
-    # words keep their places beside such a run
+    # the words beside such a stretch are still cut as before
     words = "the cat sat on the mat\n" * 100
     pieces = list(training_pieces([words + text + words]))
     assert "".join(pieces) == words + text + words
@@ -179,7 +179,7 @@ def test_pieces_to_train_on_are_short_where_there_is_no_place_to_cut():
 
 @pytest.mark.parametrize("words", [CORPUS[0], "\u6f22\u5b57\u3002\n", "a b" + "x" * 5000 + " "])
 def test_training_on_text_with_spaces_is_what_it_is_on_the_whole(words):
-    """The pieces are those that are encoded, and the tokenizer is that of the uncut text, bit for bit."""
+    """Training sees the pieces that are encoded; the tokenizer is that of the uncut text, bit for bit."""
     text = words * (70_000 // len(words))
     blocks = [text[i : i + 30_000] for i in range(0, len(text), 30_000)]
     pieces = list(training_pieces(blocks))

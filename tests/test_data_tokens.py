@@ -1,4 +1,4 @@
-"""Ids are read by plain reads: a data set that changes under a run is an error with a name, no signal."""
+"""Ids are read by plain reads: a data set that changes under a run gives an error, and no signal."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def data(prepared, tmp_path):
 
 
 def readers(dataset):
-    """Something that reads each split, again at each call."""
+    """A function for each split that reads it again at each call."""
     evaluation = evaluation_batches(dataset.val, 16, 4)
     return {
         "train": lambda: Loader(dataset.train, 16, 1).batch(0, 64),
@@ -34,7 +34,7 @@ def readers(dataset):
 
 
 def overwrite(path, at, ids):
-    """In place, as `cp` and rsync --inplace do."""
+    """Overwrite a file in place, as `cp` and rsync --inplace do."""
     with open(path, "r+b") as file:
         file.seek(2 * at)
         file.write(np.asarray(ids, "<u2").tobytes())
@@ -56,7 +56,7 @@ def test_elements_and_slices_are_those_of_an_array(tmp_path):
 
 
 def test_a_system_that_reads_little_at_once_loses_nothing(tmp_path, monkeypatch):
-    """Linux reads at most 2 GiB."""
+    """One call of Linux reads at most 2 GiB."""
     ids = np.arange(1000, dtype="<u2")
     (tmp_path / "a").write_bytes(ids.tobytes())
     pread = os.pread
@@ -80,7 +80,7 @@ def test_offsets_have_64_bits(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_file_that_is_cut_short_is_named(data, split):
-    """The memory map of before ended the process with SIGBUS."""
+    """The memory map of earlier versions ended the process with SIGBUS."""
     read = readers(open_dataset(data))[split]
     read()
     os.truncate(data / f"{split}.bin", 100)
@@ -99,7 +99,7 @@ def test_ids_that_are_overwritten_are_told(data, split, value, message):
 
 
 def test_ids_outside_the_vocabulary_are_told_where_a_file_keeps_its_time(data):
-    """Some network file systems do."""
+    """Some network file systems return fewer bytes than asked for."""
     read = readers(open_dataset(data))
     for split in ("train", "val"):
         path = data / f"{split}.bin"

@@ -1,4 +1,4 @@
-"""`prepare` that is stopped or killed: the output is the old data set or the new one, and nothing stays."""
+"""If `prepare` is stopped or killed, the output is the old data set or the new one, and nothing is left."""
 
 import os
 import random
@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
 
 
 def text(folder="out"):
-    """Which of the two texts a data set is of."""
+    """The text, of the two, that a data set was made from."""
     dataset = open_dataset(folder, verify=True)
     (value,) = set(dataset.train.tokens[:].tolist()) | set(dataset.val.tokens[:].tolist())
     return chr(value)
@@ -64,7 +64,7 @@ def killed(code):
 
 
 def signalling(number, function=lambda *_: None):
-    """A function that sends this process a signal first."""
+    """A function that first sends this process a signal."""
 
     def call(*arguments, **options):
         signal.raise_signal(number)
@@ -93,7 +93,7 @@ def test_a_system_that_cannot_exchange_says_so(tmp_path, monkeypatch):
 
 
 def test_a_replaced_data_set_has_its_name_at_every_moment(here, monkeypatch):
-    """Before, the old folder was renamed first: a kill then left neither."""
+    """Earlier versions renamed the old folder first, and a kill then left neither data set."""
     if not exchange(here / "a.txt", here / "b.txt"):
         pytest.skip("this system or file system cannot exchange names")
     exchange(here / "a.txt", here / "b.txt")
@@ -168,7 +168,7 @@ def test_the_work_of_the_living_is_not_touched(here):
 
 
 def test_folders_without_a_lock(here):
-    """Empty: killed at the first moment. Others are of earlier versions, and may be in use."""
+    """An empty one was killed at its first moment. Others are of earlier versions, and may be in use."""
     (here / ".out.00000000.tmp").mkdir()
     (here / ".out.00000001.tmp" / "new").mkdir(parents=True)
     (here / ".out.0000000g.tmp").mkdir()  # somebody else's
@@ -279,7 +279,7 @@ def test_all_is_on_disk_before_the_name_is_given(here, monkeypatch):
         last = max(before.index(("new", name)) for name in files)
         assert ("", "new") in before[last:]
         assert ("", Path(out).absolute().parent.name) in after
-    # folders made on the way
+    # the folders above the output, which are made on the way
     assert [name for _, name in events[:2]] == [here.name, "deep"]
 
 

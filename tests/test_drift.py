@@ -1,4 +1,4 @@
-"""Replicas that drift apart: a second copy is named with rank and tensor, and what has none is silent."""
+"""Replicas that drift apart: if a tensor has a second copy, ranks and tensor are named; else nothing is."""
 
 import re
 import subprocess
@@ -68,7 +68,7 @@ def step(trainer, context, compare=False):
 
 
 def places(trainer):
-    """Every array of every parameter that is here: kind, number of the bucket, parameter, last element."""
+    """Each array of each parameter on this rank: the bucket's number, kind, parameter, its last element."""
     found = []
     for number, bucket in enumerate(trainer.zero.buckets):
         arrays = {"weight": bucket.weights, **bucket.state}
@@ -97,11 +97,11 @@ def array(trainer, number, kind):
 
 
 def copies(trainer, number, kind, name):
-    """How many ranks hold this, by the table of docs/parallelism.md."""
+    """The number of ranks that hold this tensor, by the table of docs/parallelism.md."""
     zero, sizes, bucket = trainer.zero, trainer.context.sizes, trainer.zero.buckets[number]
     (parameter,) = (s.parameter for s in bucket.segments if s.parameter.name == name)
     rounded = bucket.shard is not bucket.weights
-    # the owned share of what the layers see is a part of it
+    # the share that this rank owns is a part of the array that the layers see
     seen_by_layers = kind in ("data", "shard") or (kind == "weight" and not rounded)
     count = sizes["dp"] if zero.stage == 0 or (seen_by_layers and zero.stage < 3) else 1
     count *= sizes["tp"] if parameter.whole else 1
@@ -109,7 +109,10 @@ def copies(trainer, number, kind, name):
 
 
 def plant_everywhere(trainer, context):
-    """Change one element of everything, on one rank after the other: what was found, and what should be."""
+    """Change one element of each tensor, on one rank after the other, and check the differences found.
+
+    Returns: how many tensors have a second copy (True), and how many have none (False).
+    """
     step(trainer, context)
     assert drift.differences(trainer.zero) == []
     mine = [
@@ -146,7 +149,7 @@ def plant_everywhere(trainer, context):
 @pytest.mark.parametrize(("mesh", "stage"), STAGES)
 def test_each_second_copy_is_named_and_nothing_else(mesh, stage):
     counts = on_mesh(settings(mesh, stage), plant_everywhere)[0]
-    # replicas alone have no second copy at stage 3, and at stage 0 nothing but second copies
+    # a mesh of replicas alone has no second copies at stage 3, and only second copies at stage 0
     assert bool(counts[True]) == (set(MESHES[mesh]) != {"dp"} or stage < 3)
     assert bool(counts[False]) == ("dp" not in MESHES[mesh] or stage > 0)
 
@@ -201,7 +204,7 @@ def test_weights_that_the_update_overwrites_are_compared_before_it(rank, stage, 
             step(trainer, context, compare=True)
         for before, bucket in zip(weights, trainer.zero.buckets, strict=True):
             np.testing.assert_array_equal(before, bucket.weights)
-        # without the comparison, the update takes the trace away
+        # without the comparison, the update overwrites the drift
         trainer.zero.clear_gradients()
         step(trainer, context)
         trainer.compare_replicas()

@@ -1,4 +1,4 @@
-"""Killed at any of its system calls, or with any of them failing, a command loses nothing.
+"""A command that is killed at any of its system calls, or in which any of them fails, loses nothing.
 
 CUPYTRON_CALLS=all tries every error at every call (the acceptance run asks for that).
 """
@@ -33,7 +33,7 @@ def test_kills_and_errors_at_every_call_lose_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2400 if ALL else 900)
 def test_two_ranks_lose_nothing(tmp_path):
-    """One call of each kind on rank 0, and of those on rank 1."""
+    """A fault at one call of each kind, on rank 0 and on rank 1."""
     scenario = TrainOnTwoRanks(RankBench(tmp_path, library(tmp_path)))
     actions = [
         (shim.KILL, 0),

@@ -1,4 +1,4 @@
-"""What a run has saved is what it goes on with: settings, data, metrics; what is lost is told."""
+"""A run goes on with the settings, data and metrics that it has saved, and says which of them are lost."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def digest(folder):
 
 
 def go_on(folder, capsys, *overrides, config=None):
-    """Go on to step 12 with the run's own settings; the lines that were printed."""
+    """Go on to step 12 with the run's own settings; returns the lines that were printed."""
     capsys.readouterr()
     settings = Settings(overrides=["train.max_steps=12", *overrides])
     train(config or settings.load(run=str(folder.path), mesh=True), folder.path, dict(ENVIRONMENT))
@@ -78,7 +78,7 @@ def test_a_run_that_nobody_touched_goes_on_in_silence(out, finished, capsys):
 
 
 def test_settings_come_from_the_checkpoint_not_from_config_toml(out, finished, capsys):
-    """One flipped bit in config.toml, 1.0 to 9.0, used to train on with another clip."""
+    """With one flipped bit in config.toml, 1.0 to 9.0, a run used to go on with another clip."""
     before = out.config.read_text()
     assert "clip = 1.0" in before
     out.config.write_text(before.replace("clip = 1.0", "clip = 9.0"))
@@ -274,7 +274,7 @@ def flipped(content, at, value):
 
 
 def line_of(content, step):
-    """Where the record of a step begins."""
+    """The byte where the record of a step begins."""
     return content.index(b'{"step": %d,' % step)
 
 

@@ -99,7 +99,7 @@ def test_imports_go_one_way():
 
 
 def test_data_needs_nothing_of_the_library():
-    """But for durable.py (files that survive a crash) and progress.py, which need nothing themselves."""
+    """The exceptions are durable.py (files that survive a crash) and progress.py: they need no others."""
     assert set(imports(LIBRARY / "durable.py")) == {"progress"}
     assert not list(imports(LIBRARY / "progress.py"))
     for path in (ROOT / "data").glob("*.py"):

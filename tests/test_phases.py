@@ -27,7 +27,7 @@ CASES = [
     case
     for case in itertools.product(PHASES, ("stopped", "RuntimeError"), (0, RANKS - 1), NAMES)
     if case[2] == 0 or not PHASES[case[0]][3]
-    # Python only prints what goes wrong while it ends
+    # an exception while Python ends is only printed
     if case[:2] != ("exit", "RuntimeError")
 ]
 SAMPLE = [
@@ -58,7 +58,7 @@ def data(tmp_path_factory):
 
 
 class Job:
-    """A short training run of two ranks, in which something happens at a place on one of them."""
+    """A short training run of two ranks; one of them stops, fails or is slow at a chosen place."""
 
     def __init__(self, folder, data, name, what, *settings, more=(), timeout=TIMEOUT, limit=150):
         self.file, script = folder / "happened", Path(__file__).with_name("failing_job.py")
@@ -80,7 +80,7 @@ class Job:
 
 
 def slowness():
-    """How many processes want each core, at least 1: by so much everything takes longer."""
+    """Runnable processes for each core, at least 1: everything takes so many times as long."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -101,7 +101,7 @@ def check_ends(folder, data, phase, kind, rank, name):
         assert re.search(r"no progress for 3 seconds \(after step \d", job.messages[0])
     else:
         assert job.code == 1, job.output
-        # where all ranks do something together, each of them knows whose failure it was
+        # in work that all ranks do together, each of them knows which rank has failed
         said = f"error: rank {rank}: RuntimeError|ended because rank {rank} failed: RuntimeError"
         assert re.search(f"({said}): made to fail", job.messages[0]), job.messages
 
@@ -117,8 +117,8 @@ def test_a_rank_that_stops_before_mpi_begins_ends_the_job(tmp_path, data):
     check_ends(tmp_path, data, "process", "stopped", 1, "mpich")
 
 
-# what is slow, on which rank, under which library, its naps in seconds, settings, and for how many timeouts
-# at least all naps last; there are two evaluations
+# kind of slow work, rank, MPI library, seconds of a nap, settings, and how many timeouts all naps last at
+# least; there are two evaluations
 SLOW_WORK = [
     ("start", 0, "openmpi", 0.1, [], 10),
     ("step", 1, "mpich", 0.3, ["train.global_batch=320", "train.max_steps=1"], 10),
@@ -194,7 +194,7 @@ class TestLooking:
         with progress.waiting("barrier on world"):
             signs = [[Sign(1, "b", n // 9, "", "saving")] for n in range(201)]
             assert self.looks(self.dog(), 200, signs.__getitem__) is None
-            # nor does a rank judge the others, which rank 0 does
+            # another rank than 0 does not judge: rank 0 does
             signs = [[Sign(0, "a", 5, "", "saving")]] * 201
             assert self.looks(self.dog(rank=1), 200, signs.__getitem__) is None
 
@@ -234,7 +234,7 @@ def test_signs_of_life_go_both_ways_and_foreign_ones_are_dropped():
     foreign.exchange(Sign(2, "c", 1, "", "x"), 0.01)
     second.exchange(Sign(1, "b", 5, "", "at work"), 0.01)
     mine = Sign(0, "a", 9, "barrier on world", "waiting")
-    # it came on every way there is
+    # the sign was sent to each of rank 0's addresses
     assert set(first.exchange(mine, 0.2)) == {Sign(1, "b", 5, "", "at work")}
     assert set(second.exchange(Sign(1, "b", 6, "", "at work"), 0.1)) == {mine}
     for signs in (first, second, foreign):

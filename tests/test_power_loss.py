@@ -1,4 +1,4 @@
-"""After a loss of power, when what was not synced is gone, the same command goes on.
+"""After a loss of power, in which files and names that were not synced are lost, the same command goes on.
 
 CUPYTRON_CALLS=all tries all states of the disk (the acceptance run asks for that).
 """
@@ -56,7 +56,7 @@ def test_a_rename_is_whole_and_may_come_late():
 
 
 def test_a_name_that_was_removed_before_the_rename_may_be_back_after_it():
-    # removing what was set aside can reach the disk before the renaming that set it aside
+    # the removal of a folder can reach the disk before the renaming that set this folder aside
     written = [("mkdir", "b"), ("open", "b/x"), ("fsync", "b"), ("fsync", "")]
     found = states(*written, ("rename", "b", "c"), ("unlink", "c/x"))
     assert {"b": None} in found and {"c": None, "c/x": b""} in found

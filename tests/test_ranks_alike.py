@@ -1,4 +1,4 @@
-"""What ranks must have in common is compared: copies of the data on every machine, and the arithmetic."""
+"""Ranks compare the copies of the data set on all machines, and their OpenBLAS kernels."""
 
 import shutil
 import subprocess
@@ -104,7 +104,7 @@ def test_another_arithmetic_is_told_and_refused_where_bits_are_promised():
 
 
 def test_a_damaged_local_copy_ends_the_job_before_it_trains(tmp_path, data):
-    """Two machines with a copy each, under one path: two working folders show the same."""
+    """Two working folders stand for two machines, each with its own copy under the same path."""
     for rank in (0, 1):
         (tmp_path / f"n{rank}").mkdir()
     shutil.copytree(data, tmp_path / "n0" / "data")

@@ -93,7 +93,7 @@ class Writer(threading.Thread):
 
 
 def beside(run, times, call):
-    """call() many times beside a writer, and until it has saved as often."""
+    """Call call() many times beside a writer, until the writer has saved as often."""
     with Writer(run) as writer:
         done = 0
         while done < times or writer.saved < times // 4:
@@ -172,7 +172,7 @@ def test_a_reader_gives_up_in_words(run, monkeypatch):
 
 
 def test_what_looked_damaged_while_it_was_replaced_is_no_damage(run, monkeypatch):
-    """Between the two names of a replacement the manifest is missing, and then it is there again."""
+    """While a checkpoint is replaced, its manifest is missing for a moment, and then there again."""
     place, looks = run.place(4), []
     original = Checkpoint.__init__
 

@@ -554,7 +554,7 @@ def test_eval_finds_data_that_has_moved(tmp_path):
 
 
 def test_a_run_keeps_the_order_of_samples_that_it_began_with(data, tmp_path, monkeypatch):
-    """Checkpoints that name no order are of the first one."""
+    """A checkpoint that names no order was made with order 1."""
     with monkeypatch.context() as before:
         write = checkpoint.write
 

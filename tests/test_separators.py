@@ -1,4 +1,4 @@
-"""The token between documents: which one is taken, where the choice is kept, what is said without."""
+"""The token between documents: which one is taken, where the choice is kept, a note if there is none."""
 
 import json
 
@@ -36,7 +36,7 @@ def prepare(folder, content, separator=None, documents=DOCUMENTS, **options):
 
 
 def in_vocabulary_alone(name):
-    """As vocab.json and merges.txt give it, saved again by the library: no added tokens."""
+    """A tokenizer read from vocab.json and merges.txt and saved by the library: it has no added tokens."""
     content = tokenizer_files.content("gpt2")
     vocabulary = {
         name if token == "<|endoftext|>" else token: i
@@ -89,7 +89,7 @@ def test_a_known_name_stands_between_documents(tmp_path, name):
 
 @pytest.mark.parametrize("name", FOUND)
 def test_the_choice_is_kept_in_tokenizer_json(tmp_path, name):
-    """Whoever reads the file has it: a run's folder, another data set, the library."""
+    """Each reader of the file finds the choice: a run's folder, another data set, the library."""
     content = FOUND[name][0]()
     result = prepare(tmp_path, content)
     saved = tmp_path / "out" / "tokenizer.json"
@@ -104,7 +104,7 @@ def test_the_choice_is_kept_in_tokenizer_json(tmp_path, name):
 
 
 def test_a_file_without_a_mark_is_read_as_before():
-    """Data sets and runs of before keep the separator, or the lack of one, that they were made with."""
+    """Data sets and runs of earlier versions keep their separator, or go on without one."""
     for content in (special("<|bos|>"), in_vocabulary_alone("<|endoftext|>")):
         assert tokenizer_from(content, "file").separator is None
 
@@ -155,7 +155,7 @@ def test_documents_that_run_together_are_told(tmp_path):
 
 
 def test_a_document_that_begins_with_nothing_has_its_separator(tmp_path):
-    """70,000 spaces are more than a piece, and no ids to WordPiece."""
+    """70,000 spaces are longer than a piece, and WordPiece has no ids for them."""
     content = tokenizer_files.content("wordpiece")
     documents = ["the cat", " " * 70_000 + "hello world", " ", "the mat"]
     assert prepare(tmp_path, content, documents=documents).train.separator is not None

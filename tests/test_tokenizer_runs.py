@@ -1,4 +1,4 @@
-"""Runs with tokenizers of the library: prompts go on as all ids are decoded, bytes are counted or not."""
+"""Runs with tokenizers of the library: texts are decoded with their prompts, bytes are counted or not."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: how a prompt goes on, ids of documents that are cut, and counted bytes."""
+"""Tokenizers of every kind: the text after a prompt, the ids of documents that are cut, counted bytes."""
 
 import json
 import unicodedata
@@ -63,7 +63,7 @@ def test_the_space_between_prompt_and_text_is_kept(kind):
     tokenizer = load(kind)
     prompt, new = tokenizer.encode("hello world"), tokenizer.encode("the cat")
     assert "hello world" + streamed(tokenizer, prompt, new) == "hello world the cat"
-    # nothing before: as a document begins
+    # without a prompt, a text is decoded as the beginning of a document
     assert streamed(tokenizer, [], new) == "the cat"
 
 
@@ -75,7 +75,7 @@ def gpt2():
 @given(st.lists(st.sampled_from([65, *range(256)]), max_size=12), st.integers(0, 12))
 @settings(max_examples=60, deadline=None)
 def test_bytes_of_a_prompt_are_completed(gpt2, values, cut):
-    """Any bytes as ids, cut anywhere: also inside a character."""
+    """Any bytes are ids, and the prompt ends anywhere, even inside a character."""
     tokenizer = gpt2
     ids = [tokenizer.token_bytes.index(bytes([b])) for b in values]
     text = streamed(tokenizer, ids[:cut], ids[cut:])
@@ -86,7 +86,7 @@ def test_bytes_of_a_prompt_are_completed(gpt2, values, cut):
 
 
 def test_a_run_of_byte_tokens_is_decoded_as_a_whole():
-    """The library makes replacement characters of all bytes of a run with one that is wrong."""
+    """If one byte in a row of byte tokens is wrong, the library replaces all of the row."""
     tokenizer = load("llama2")
     ids = tokenizer.encode("\u6f22")[1:]
     assert len(ids) == 3
@@ -109,7 +109,7 @@ LONG = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", LONG)
 def test_ids_of_long_documents_are_those_of_the_whole(monkeypatch, tmp_path, kind, text):
-    """Seven short pieces and more, with cuts at every offset from words and added tokens."""
+    """Documents of seven short pieces or more are cut at every offset from words and added tokens."""
     monkeypatch.setattr(pieces, "_PIECE", 97)
     monkeypatch.setattr(pieces, "_LONGEST_PIECE", 571)
     monkeypatch.setattr(pieces, "_OVERLAP", 150)

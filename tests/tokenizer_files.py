@@ -1,4 +1,4 @@
-"""Small tokenizers of the library, one of each kind that the field uses, trained on a few sentences."""
+"""Small tokenizers of the library, one of each kind in common use, trained on a few sentences."""
 
 import functools
 import json
@@ -64,7 +64,7 @@ def llama2():
     special = ["<unk>", "<s>", "</s>", *BYTES]
     trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=special, show_progress=False)
     content = _trained(tokenizer, trainer)
-    # as in the real ones: no pre-tokenizer, and the bytes are no special tokens
+    # as in Llama 2: no pre-tokenizer, and the byte tokens are not special
     content["added_tokens"] = content["added_tokens"][:3]
     return content | {"pre_tokenizer": None}
 
@@ -100,7 +100,7 @@ def wordpiece():
 
 
 def with_added(content, *tokens):
-    """With ordinary added tokens, behind the others."""
+    """A tokenizer with ordinary added tokens, whose ids follow all others."""
     first = 1 + max(content["model"]["vocab"].values())
     new = [added(first + i, name, special=False, **flags) for i, (name, flags) in enumerate(tokens)]
     return content | {"added_tokens": content["added_tokens"] + new}

@@ -33,8 +33,8 @@ _BLOCK = _ROW_BYTES << 16  # bytes copied from a GPU at a time: 33 MB
 _ODD = np.random.Philox(key=1).random_raw(ROW) | np.uint64(1)  # the same numbers everywhere
 _TOLD = 3  # differences that a message lists
 _ROUNDING = (
-    "; ranks of tp that round otherwise drift apart, too: give all of them one --blas-kernel and the same "
-    "--threads, or use --sp"
+    "; ranks of tp that round differently drift apart, too: give all of them one --blas-kernel and the "
+    "same --threads, or use --sp"
 )
 
 
