@@ -36,7 +36,7 @@ def command() -> None:
     help="Part of the tokens, at the end, that is kept for validation.",
 )
 @click.option(
-    "--vocab-size", type=int, help="Number of ids in .bin and .npy files; no tokenizer then."
+    "--vocab-size", type=int, help="Number of ids in .bin and .npy files without a tokenizer."
 )
 @click.option(
     "--bin-dtype",
@@ -49,7 +49,7 @@ def command() -> None:
 @click.option(
     "--separator",
     metavar="TOKEN",
-    help="The token between documents, for --tokenizer FILE.  [default: its end of a text, by name]",
+    help="The token between documents, for --tokenizer FILE.  [default: one with a known name]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prepared data set in --out.")
 def prepare(
@@ -92,8 +92,8 @@ def prepare(
         )
     except Stopped as stopped:
         click.echo(
-            f"error: stopped by {stopped.name}; nothing half made is left, and {out} is what it was "
-            "before, or the new data set",
+            f"error: stopped by {stopped.name}; nothing half-made is left: {out} is as it was before, or "
+            "the new data set",
             err=True,
         )
         raise click.exceptions.Exit(int(str(stopped.code))) from None

@@ -113,8 +113,8 @@ class Settings:
             if run and ranks > 1 and start == {"file": None} and not self.preset:
                 # perhaps this rank alone does not see the run; the others cannot be asked before MPI begins
                 raise ConfigError(
-                    f"{error}\n{run}: no checkpoint is seen there, whose settings would be taken; if other "
-                    "ranks see one, put the run's folder on a file system that all ranks share"
+                    f"{error}\n{run}: this rank sees no checkpoint there that would give it settings; if "
+                    "other ranks see one, put the run's folder on a file system that all ranks share"
                 ) from None
             raise
 

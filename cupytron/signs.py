@@ -130,10 +130,10 @@ class Signs:
         until, signs = time.monotonic() + seconds, []
         while (left := until - time.monotonic()) > 0:
             self._socket.settimeout(left)
-            came = self._receive()
-            if came is None:
+            received = self._receive()
+            if received is None:
                 continue
-            sign, sender = came
+            sign, sender = received
             signs.append(sign)
             if self.first_answers and self.rank:
                 self._places = [sender]

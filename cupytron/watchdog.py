@@ -78,7 +78,7 @@ class Watchdog:
         """Stop watching."""
         self._over.set()
 
-    def look(self, tick: float, came: list[Sign]) -> str | None:
+    def look(self, tick: float, received: list[Sign]) -> str | None:
         """Count the last `tick` seconds, and look for a stuck rank.
 
         Ticks are counted, and no clock is read. So the time in which this process was itself stopped, by a
@@ -86,7 +86,7 @@ class Watchdog:
 
         Args:
             tick: seconds since the last call.
-            came: the signs that were received in them.
+            received: the signs that arrived in them.
 
         Returns: why the job has to end; None if no rank is stuck.
         """
@@ -95,7 +95,7 @@ class Watchdog:
         self._beats = beats
         for other in self._others.values():
             other.idle, other.silent = other.idle + tick, other.silent + tick
-        for sign in came:
+        for sign in received:
             self._others.setdefault(sign.rank, _Other(sign)).hear(sign)
         return self._stuck() if self.timeout and not self.quiet else None
 
@@ -136,19 +136,19 @@ class Watchdog:
         host, heard = socket.gethostname(), self.signs
         while not self._over.is_set():
             tick = min(1.0, self.timeout / 8) if self.timeout else 1.0
-            signs, came = self.signs, []
+            signs, received = self.signs, []
             if signs is not heard:
                 heard, self._others = signs, {}
             if signs is None:
                 self._over.wait(tick)
             else:
                 place = progress.waits_for(), progress.where()
-                mine = Sign(self.rank, host, progress.beats(), *place)
+                own_sign = Sign(self.rank, host, progress.beats(), *place)
                 try:
-                    came = signs.exchange(mine, tick)
+                    received = signs.exchange(own_sign, tick)
                 except (OSError, ValueError):  # the main thread has closed it
                     self._over.wait(tick)
-            if not self._over.is_set() and (stuck := self.look(tick, came)):
+            if not self._over.is_set() and (stuck := self.look(tick, received)):
                 self._bite(stuck)
 
     def _bite(self, stuck: str) -> None:
@@ -215,15 +215,15 @@ def watching(timeout: float, world: Any) -> Iterator[None]:
         world: all ranks of the job.
     """
     global _dog
-    found = _dog
-    dog = found or start(timeout, world.rank, world.size)
+    running = _dog
+    dog = running or start(timeout, world.rank, world.size)
     dog.timeout = timeout
     if not dog.has_met:
         dog.meet(world)
     try:
         yield
     finally:
-        if found is None:
+        if running is None:
             dog.stop()
             dog.part()
             _dog = None

@@ -104,13 +104,15 @@ def differences(
     context = zero.context
     if context.world.size == 1:
         return []
-    held: dict[Item, Any] = {Item(name): repr(value) for name, value in (numbers or {}).items()}
-    shared: dict[Group, list[Item]] = {("world",): list(held)}
+    fingerprints: dict[Item, Any] = {
+        Item(name): repr(value) for name, value in (numbers or {}).items()
+    }
+    shared: dict[Group, list[Item]] = {("world",): list(fingerprints)}
     for item, values, axes in _second_copies(zero, before_update):
-        held[item] = fingerprint(values)
+        fingerprints[item] = fingerprint(values)
         for axis in axes:
             shared.setdefault(_group(context, axis), []).append(item)
-    digests = {group: _digest(items, held) for group, items in shared.items()}
+    digests = {group: _digest(items, fingerprints) for group, items in shared.items()}
     seen: dict[Group, set[str]] = {}
     for theirs in context.world.gather_objects(digests):
         for group, digest in theirs.items():
@@ -118,7 +120,7 @@ def differences(
     if all(len(different) == 1 for different in seen.values()):
         return []
     # a difference is rare, so finding it may cost more: every fingerprint goes to every rank
-    return _told(context.world.gather_objects(held), context)
+    return _told(context.world.gather_objects(fingerprints), context)
 
 
 def fingerprint(values: Any) -> int:
@@ -186,17 +188,17 @@ def _group(context: ParallelContext, axis: str) -> Group:
     return (axis, *others)
 
 
-def _digest(items: list[Item], held: Mapping[Item, Any]) -> str:
+def _digest(items: list[Item], fingerprints: Mapping[Item, Any]) -> str:
     """SHA-256 of the fingerprints of a group's items, which all its ranks list in the same order."""
-    text = "\n".join(f"{item} {held[item]}" for item in items)
+    text = "\n".join(f"{item} {fingerprints[item]}" for item in items)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _told(everyone: list[dict[Item, Any]], context: ParallelContext) -> list[Difference]:
     """The items that are not the same on all ranks that hold them."""
     holders: dict[Item, dict[int, Any]] = {}
-    for rank, held in enumerate(everyone):
-        for item, value in held.items():
+    for rank, fingerprints in enumerate(everyone):
+        for item, value in fingerprints.items():
             holders.setdefault(item, {})[rank] = value
     return [
         _difference(item, by_rank, context)
