@@ -30,7 +30,7 @@ PHASES = {
     "evaluate": ("cupytron/trainer.py", "evaluate", 1, False),
     "write": ("cupytron/checkpoint_format.py", "write_tensors", 1, False),
     "finish": ("cupytron/checkpoint.py", "_finish", 1, True),
-    "prune": ("cupytron/run_folder.py", "RunFolder.prune", 1, True),
+    "prune": ("cupytron/run_checkpoints.py", "RunCheckpoints.prune", 1, True),
     "trace": ("cupytron/run.py", "_Run._write_trace", 1, False),
     "end": ("cupytron/metrics.py", "Progress.close", 1, False),
     "exit": ("cupytron/launcher.py", "end_mpi", 1, False),
@@ -46,7 +46,7 @@ SLOW = {
     "save": [
         ("cupytron/checkpoint_format.py", "write"),
         ("cupytron/checkpoint_format.py", "update"),
-        ("cupytron/checkpoint_format.py", "fsync"),
+        ("cupytron/durable.py", "fsync"),
         ("shutil.py", "unlink"),
         ("shutil.py", "rmdir"),
     ],

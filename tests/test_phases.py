@@ -3,6 +3,7 @@
 CUPYTRON_FAILURES=all runs every phase, kind, rank and library (the acceptance run does); else a sample.
 """
 
+import ast
 import itertools
 import os
 import re
@@ -77,6 +78,24 @@ class Job:
     def happened(self):
         assert self.file.exists(), self.output
         return float(self.file.read_text())
+
+
+def functions(path):
+    """Names of a file's functions and methods, as the interpreter gives them to a frame."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.ClassDef):
+            yield from (
+                f"{node.name}.{f.name}" for f in node.body if isinstance(f, ast.FunctionDef)
+            )
+
+
+@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "import"])
+def test_each_phase_is_a_function_that_is_there(phase):
+    """A function that has moved would never be reached, and its phase never tried."""
+    name, function, *_ = PHASES[phase]
+    assert function in functions(Path(__file__).parents[1] / name)
 
 
 def slowness():

@@ -76,7 +76,7 @@ def test_a_known_name_stands_between_documents(tmp_path, name):
     assert not any("run together" in note for note in result.notes)
     dataset = open_dataset(tmp_path / "out")
     tokenizer = dataset.tokenizer
-    ids = dataset.train.tokens.tolist()
+    ids = dataset.train.tokens[:].tolist()
     assert tokenizer.decode([dataset.separator]) == separator
     assert ids.count(dataset.separator) == len(documents) - 1
     parts = [tokenizer.encode(text) for text in documents]
@@ -160,7 +160,7 @@ def test_a_document_that_begins_with_nothing_has_its_separator(tmp_path):
     documents = ["the cat", " " * 70_000 + "hello world", " ", "the mat"]
     assert prepare(tmp_path, content, documents=documents).train.separator is not None
     dataset = open_dataset(tmp_path / "out")
-    text = dataset.tokenizer.decode(dataset.train.tokens.tolist())
+    text = dataset.tokenizer.decode(dataset.train.tokens[:].tolist())
     assert text == "the cat [SEP] hello world [SEP] the mat"
 
 
