@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -110,8 +111,10 @@ class Settings:
         try:
             return load_config(self.preset, overrides=overrides, ranks=ranks, **start)
         except ConfigError as error:
-            if run and ranks > 1 and start == {"file": None} and not self.preset:
-                # perhaps this rank alone does not see the run; the others cannot be asked before MPI begins
+            named = any(text.partition("=")[0].strip() == "data.path" for text in self.overrides)
+            if run and ranks > 1 and start == {"file": None} and not self.preset and not named:
+                # no new run begins without data. Perhaps this rank alone does not see the run; the others
+                # cannot be asked before MPI begins.
                 raise ConfigError(
                     f"{error}\n{run}: this rank sees no checkpoint there that would give it settings; if "
                     "other ranks see one, put the run's folder on a file system that all ranks share"
@@ -216,6 +219,19 @@ def prepare_for_run(run: str) -> None:
     prepare_process(load_config(file=file, check=False, start=start))
 
 
+class Seconds(click.FloatRange):
+    """Seconds, from 0 on: a finite number, since nothing is later than NaN or infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds; give 0 for no limit", param, ctx)
+        return seconds
+
+
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """A mesh for a command that works with a trained model: `tp`, `pp`, `zero`, `device` and `timeout`."""
     for option in (
@@ -228,7 +244,7 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--timeout",
-            type=click.FloatRange(0),
+            type=Seconds(),
             default=600.0,
             show_default=True,
             help="Seconds without progress that end several ranks' job; 0: never.",

@@ -20,12 +20,12 @@ import click
 def command(run: Path, out: Path | None, png: Path | None, text: bool, sample: bool) -> None:
     """Write one self-contained HTML page about RUN: loss curves, settings, speed and a sample."""
     from cupytron import report
+    from cupytron.run_folder import RunFolder
 
     if text:
-        from cupytron.run_folder import RunFolder
-
         click.echo(report.loss_curve_text(RunFolder(run).require().read_metrics()))
     out = out or run / "report.html"
+    RunFolder(run).check_foreign(out)
     found = report.read_report(run, sample)
     report.write_html(found, out)
     click.echo(f"written: {out}")

@@ -4,7 +4,9 @@ A network file system may show old lists of names for seconds. So ranks that see
 for a while. If they still differ, all of them refuse with one error, which names the rank.
 """
 
+import contextlib
 import platform
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +66,38 @@ def agree(
             raise error
         time.sleep(pause)
     raise AssertionError
+
+
+def check_shared(folder: Path, world: Communicator) -> None:
+    """Refuse a folder in which rank 0 cannot write, or whose files another rank does not see. Collective.
+
+    The first save would find out, too, and all steps before it would be lost.
+
+    Raises:
+        CheckpointError: a rank does not see a file that rank 0 has just written there; the same on every
+            rank.
+        OSError: rank 0 cannot write there; the same on every rank.
+    """
+    name = f".tmp-seen-by-all-{secrets.token_hex(4)}"
+    probe = folder / world.gather_objects(name)[0]
+
+    def differ(views: Sequence[View]) -> CheckpointError | None:
+        sees = [there for _, there in views]
+        if all(sees):
+            return None
+        rank = sees.index(False)
+        return CheckpointError(
+            f"rank {rank} ({views[rank].host}) does not see what rank 0 ({views[0].host}) writes to "
+            f"{folder}; {_SHARE}"
+        )
+
+    together(world, lambda: probe.touch() if world.rank == 0 else None)
+    try:
+        agree(world, probe.exists, differ)
+    finally:
+        if world.rank == 0:
+            with contextlib.suppress(OSError):
+                probe.unlink()
 
 
 def lists_differ(run: Path, views: Sequence[View]) -> CheckpointError | None:

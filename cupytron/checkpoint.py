@@ -188,6 +188,10 @@ class Checkpoint:
         """The manifest's file: ranks with the same identity look at the same file, not at two copies."""
         return self._files.identity
 
+    def hold(self) -> None:
+        """Open all files now, if they are few: then it can be read though it is removed or replaced."""
+        self._files.hold()
+
     def verify(self, world: Communicator | None = None) -> None:
         """Compare every file with the manifest, byte for byte. Collective over `world`.
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _NAME = re.compile(r"rank-\d{5,}\.safetensors")
 _BLOCK = 1 << 22  # bytes of values read at a time
+_MOST_HELD = 64  # files that are kept open at once; a process may have about a thousand
 _HASHED = 1 << 18  # bytes hashed at a time: they stay in the processor's cache
 
 
@@ -56,6 +58,8 @@ class _Entry(NamedTuple):
 class CheckpointFiles:
     """The files that a manifest names, numbered in its order: 0 ... len - 1.
 
+    Each method opens the files that it reads, unless `hold` has opened all of them.
+
     Raises:
         DamagedCheckpoint, UnreadableCheckpoint, GoneCheckpoint: from each method, as their names say.
     """
@@ -68,6 +72,24 @@ class CheckpointFiles:
             self._entries = _entries_1(body) if body["format"] == 1 else _entries_2(body)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self.damaged(f"{MANIFEST} lacks or garbles {error}") from None
+        self._held: dict[str, BufferedReader] = {}  # open files by their names
+
+    def hold(self) -> None:
+        """Open all files now, if they are few: then the checkpoint can be read though it is removed.
+
+        A run that saves faster than its checkpoints are read would leave a reader none otherwise.
+        """
+        if self._held or len(self._entries) > _MOST_HELD:
+            return
+        files: dict[str, BufferedReader] = {}
+        for entry in self._entries:
+            # a second descriptor stays open
+            files[entry.name] = self._with_file(
+                entry, lambda file: open(os.dup(file.fileno()), "rb")
+            )
+            weakref.finalize(self, files[entry.name].close)
+        self.check_still_there()
+        self._held = files
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -107,7 +129,12 @@ class CheckpointFiles:
         self._with_file(entry, fill)
 
     def check_still_there(self) -> None:
-        """Raise GoneCheckpoint if another checkpoint has the name by now, or none has."""
+        """Raise GoneCheckpoint if another checkpoint has the name by now, or none has.
+
+        Files that are held may be read on.
+        """
+        if self._held:
+            return
         with contextlib.suppress(OSError):
             if identity_of(os.stat(self.folder / MANIFEST)) == self.identity:
                 return
@@ -131,6 +158,9 @@ class CheckpointFiles:
         """Return work(file); if it fails, raise the CheckpointError that says what this proves."""
 
         def opened() -> T:
+            if entry.name in self._held:
+                self._held[entry.name].seek(0)
+                return work(self._held[entry.name])
             with open_file(self.folder / entry.name) as file:
                 return work(file)
 
@@ -146,7 +176,8 @@ class CheckpointFiles:
             )
         except DamagedCheckpoint as error:
             problem = error
-        raise self._gone() or problem
+        # files that are held were the manifest's when they were opened
+        raise (None if self._held else self._gone()) or problem
 
     def _tables(
         self, numbers: Iterable[int], head_of: Callable[[_Entry, BufferedReader], bytes]

@@ -102,3 +102,12 @@ def exchange(one: Path, other: Path) -> bool:
     if number in _NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def way_out(error: OSError) -> str:
+    """What to do about an error of writing, to be followed by a place."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "let this user write"
+    if error.errno == errno.EFBIG:
+        return "raise the limit of a file's size (ulimit -f)"
+    return "make room"

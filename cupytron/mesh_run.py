@@ -36,8 +36,10 @@ def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
     opened: Dataset | None = None
     try:
         opened, told = open_dataset(path, verify=hashes_it), None
-    except (DataError, OSError) as error:
+    except DataError as error:
         told = str(error)
+    except OSError as error:
+        told = f"{error.filename or path}: {error.strerror or error}"
     for rank, problem in enumerate(world.gather_objects(told and (host(), told))):
         if problem is not None:
             where = f"rank {rank} on {problem[0]}: " if world.size > 1 else ""

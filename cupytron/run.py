@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupytron import checkpoint, mesh_run, process, progress
+from cupytron.agreement import check_shared
 from cupytron.checkpoint import Checkpoint
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
 from cupytron.data import Dataset, Loader, evaluation_batches
+from cupytron.durable import way_out
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
@@ -67,9 +69,12 @@ def train(
     """
     if not str(out):
         raise ConfigError("--out is empty; give the folder that the run is to have")
+    if init_from is not None and not str(init_from):
+        raise ConfigError("--init-from is empty; give a run's folder, or leave the option out")
     folder, world = RunFolder(out), world or SelfCommunicator()
+    # first of all, as in every command: ranks may have been started with different ones
+    mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
     with mesh_run.watched(world, config.parallel.timeout):
-        mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
         return _train(config, folder, environment, resume, init_from, quiet, world, trace)
 
 
@@ -117,7 +122,9 @@ def _train(
     except OSError as error:
         if error.filename is not None:
             raise
-        raise CupytronError(f"{folder.path}: {error.strerror or error}; make room there") from error
+        raise CupytronError(
+            f"{folder.path}: {error.strerror or error}; {way_out(error)} there"
+        ) from error
     finally:
         shown.close()
 
@@ -180,6 +187,7 @@ class _Run:
         for line in mesh_run.describe(self.config, self.context):
             self.progress.line(line)
         self._alone(lambda: self._tidy(resume))
+        check_shared(self.folder.checkpoints, self.world)
         found = self.folder.newest(self._warn, self.world)
         if found is None and self.folder.agreed_steps(self.world):
             raise CheckpointError(
@@ -309,8 +317,8 @@ class _Run:
                 at = f"step {self.saved}" if self.saved is not None else "the beginning"
                 raise CupytronError(
                     f"step {self.trainer.step}: {error.strerror or error}, writing to "
-                    f"{self.folder.path}; make room and start the same command again: it goes on "
-                    f"from {at}"
+                    f"{self.folder.path}; {way_out(error)} there, and start the same command again: it "
+                    f"goes on from {at}"
                 ) from error
             finally:
                 if self.metrics:

@@ -105,6 +105,7 @@ class RunCheckpoints:
             raise kind(text if world.size == 1 else f"rank {rank}: {text}")
         (seen,) = found
         assert isinstance(seen, Checkpoint)
+        together(world, seen.hold)
         seen.verify(world)
         return seen
 

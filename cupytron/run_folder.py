@@ -74,6 +74,20 @@ class RunFolder(RunCheckpoints):
                 "or --resume auto to go on with it"
             )
 
+    def check_foreign(self, out: Path) -> None:
+        """Refuse to write somebody's output over a file that the run itself needs.
+
+        Raises:
+            CupytronError: `out` is one of the run's files.
+        """
+        place = out.resolve()
+        ours = (self.config, self.environment, self.tokenizer, self.metrics, self.saved)
+        if (
+            place in [path.resolve() for path in ours]
+            or self.checkpoints.resolve() in place.parents
+        ):
+            raise CupytronError(f"{out}: is a file of the run itself; choose another --out")
+
     def create(self) -> list[str]:
         """Make the folders, restore a checkpoint that a killed save was replacing, and remove leftovers.
 

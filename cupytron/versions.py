@@ -5,8 +5,16 @@ import importlib.util
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 _SOURCES = (".py", ".cu", ".cuh", ".toml")
+
+
+class Program(NamedTuple):
+    """What a rank tells the others of its program: its machine's name, and `running()`."""
+
+    host: str
+    versions: dict[str, str]
 
 
 def running() -> dict[str, str]:

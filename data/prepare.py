@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cupytron.durable import way_out
+
 from .bpe import BPE_SIZES, train
 from .corpora import CORPORA, open_corpus
 from .dataset import Sidecar, is_prepared
@@ -95,8 +97,8 @@ def prepare_dataset(
             raise
         # the errors of an open file do not name it
         raise DataError(
-            f"{out}: {error.strerror or error}, while the data set was written; make room there, and give "
-            "the same command again"
+            f"{out}: {error.strerror or error}, while the data set was written; {way_out(error)} there, "
+            "and give the same command again"
         ) from error
     notes += [*found, *_notes(tokenizer, choice), *written.notes, *work.notes]
     return Prepared(out, written.train, written.val, notes)

@@ -12,9 +12,10 @@ from runs import ENVIRONMENT, TINY, cupytron, make_data, run_here
 
 from cupytron import agreement, checkpoint, run
 from cupytron.checkpoint import Checkpoint, Piece
-from cupytron.comm import CommunicationError, ParallelContext, run_ranks
+from cupytron.cli.options import Settings
+from cupytron.comm import CommunicationError, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.config import load_config
-from cupytron.errors import CheckpointError, UnreadableCheckpoint
+from cupytron.errors import CheckpointError, ConfigError, UnreadableCheckpoint
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
 from cupytron.trained import load
@@ -210,7 +211,7 @@ def test_ranks_train_one_run_or_none(two_disks, data, monkeypatch, how):
     here = threading.local()
 
     def on_own_disk(path):
-        return RunFolder(two_disks / here.node / path)
+        return RunFolder(two_disks / ("" if path == "new" else here.node) / path)
 
     monkeypatch.setattr(run, "RunFolder", on_own_disk)
     if how == "new on rank 0":
@@ -225,7 +226,49 @@ def test_ranks_train_one_run_or_none(two_disks, data, monkeypatch, how):
     texts = errors_of(body)
     blind = 0 if how == "new on rank 0" else 1
     assert all(f"rank {blind} (" in text and "does not see step-" in text for text in texts)
-    assert not list(two_disks.glob("*/new/checkpoints/*"))
+    assert not list(two_disks.glob("new/checkpoints/*"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_folder_that_ranks_do_not_share_is_refused_before_the_first_step(tmp_path):
+    folders = [tmp_path / "n0", tmp_path / "n1"]
+    for folder in folders:
+        folder.mkdir()
+    texts = errors_of(lambda world: agreement.check_shared(folders[world.rank], world))
+    assert all("rank 1 (" in text and "does not see what rank 0 (" in text for text in texts)
+    assert errors_of(lambda world: agreement.check_shared(folders[0], world)) == ["no error"] * 2
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused_before_the_first_step(tmp_path):
+    """A file in the place of the folder stands for it: root may write everywhere."""
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        agreement.check_shared(tmp_path / "checkpoints", SelfCommunicator())
+
+
+def test_a_new_run_without_data_says_where_settings_may_be_and_one_with_data_does_not(
+    monkeypatch, tmp_path
+):
+    """Under a launcher, a rank that does not see the run has no settings for that reason alone."""
+    monkeypatch.setenv("PMI_SIZE", "2")
+    wrong = ["optim.lr=x", f'data.path="{tmp_path}"']
+    for overrides, said in ((wrong[:1], True), (wrong, False)):
+        with pytest.raises(ConfigError) as caught:
+            Settings(overrides=overrides).load(run=str(tmp_path / "run"), mesh=True)
+        assert ("sees no checkpoint" in str(caught.value)) == said
+
+
+def test_ranks_with_other_commands_are_told_in_one_line(tmp_path, data, trained_run):
+    """Whatever a command does first on all ranks, comparing what they were told comes before it."""
+    train = [cupytron(), "train", "--data", str(data), "--out", str(tmp_path / "run")]
+    command, env = launch("mpich", 1, train)
+    for name in ("global_batch=24", "micro_batch=12"):
+        command += ["--set", f"train.{name}"]
+    words = [*command, ":", "-n", "1", cupytron(), "eval", str(trained_run)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "rank 1 was started with other settings than rank 0" in done.stderr
 
 
 def on_two_disks(folder, *arguments):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -51,7 +52,14 @@ def test_every_command_has_help(name):
         (["train", "--out", "OUT", "--data", "missing"], 1, "missing"),
         (["train", "--out", "OUT", "--set", "optim.lrr=1"], 2, "did you mean optim.lr"),
         (["train", "--out", "OUT", "--resume", "perhaps"], 2, "perhaps"),
+        (
+            ["train", "--out", "OUT", "--data", "missing", "--init-from", ""],
+            2,
+            "--init-from is empty",
+        ),
         (["eval", "missing"], 1, "not a run's folder"),
+        (["eval", "RUN", "--timeout", "nan"], 2, "nan is no number of seconds"),
+        (["report", "RUN", "--out", "RUN/metrics.jsonl"], 1, "is a file of the run itself"),
         (["eval", "RUN", "--checkpoint", "99"], 1, "choose best, last or one of"),
         (["sample", "RUN", "--prompt", ""], 1, "prompt is empty"),
         (["sample", "RUN", "--prompt", "\u6f22"], 1, "not in the vocabulary"),
@@ -64,7 +72,8 @@ def test_every_command_has_help(name):
 )
 def test_errors_are_one_line_with_a_way_out(tmp_path, run, arguments, code, words):
     places = {"OUT": str(tmp_path / "out"), "RUN": str(run)}
-    done = call(*(places.get(a, a) for a in arguments), cwd=tmp_path)
+    given = [re.sub("^(OUT|RUN)", lambda name: places[name[1]], word) for word in arguments]
+    done = call(*given, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""

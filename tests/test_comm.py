@@ -16,6 +16,7 @@ from launchers import NAMES, OPENMPI, launch
 from cupytron import versions
 from cupytron.comm import CommunicationError, ParallelContext, SelfCommunicator, run_ranks
 from cupytron.comm.mesh import place
+from cupytron.comm.world import check_same_program
 from cupytron.errors import CupytronError
 
 
@@ -153,6 +154,19 @@ def test_ranks_with_other_versions_are_refused(name):
         rf"rank 1 on .* has {name} .*-other, rank 0 has .* on .*; install", done.stderr
     )
     assert said, done.stderr
+
+
+def test_a_rank_that_says_something_else_runs_another_version():
+    def body(comm):
+        if comm.rank == 1:
+            return comm.gather_objects({"settings": 1})[0].host
+        with pytest.raises(
+            CupytronError, match="rank 1 runs another version of cupytron than rank 0"
+        ):
+            check_same_program(comm)
+        return versions.host()
+
+    assert len(set(run_ranks(2, body))) == 1
 
 
 def test_another_source_file_is_another_version(tmp_path, monkeypatch):

@@ -152,12 +152,23 @@ def test_a_step_that_was_pruned_meanwhile_is_said_plainly(run):
     def work(found):
         read.append(found.step)
         run.place(4).rename(run.place(5))
-        return found.digest()
+        raise GoneCheckpoint(f"{found.folder}: it was removed")
 
     read = []
     with pytest.raises(CheckpointError, match="no checkpoint '4'; choose best, last or one of 5"):
         run.reading("4", heard, work)
     assert read == [4]
+
+
+def test_a_checkpoint_that_is_removed_is_read_to_its_end(run):
+    """A run that saves faster than its checkpoints are read would leave a reader none otherwise."""
+    digest = run.find("last", heard).digest()
+
+    def work(found):
+        shutil.rmtree(found.folder)
+        return found.digest()
+
+    assert run.reading("last", heard, work) == digest
 
 
 def test_a_reader_gives_up_in_words(run, monkeypatch):

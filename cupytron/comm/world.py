@@ -5,7 +5,7 @@ from cupytron.comm.communicator import Communicator
 from cupytron.errors import CupytronError
 from cupytron.launcher import begin_mpi, launched_tasks
 from cupytron.process import share_cores
-from cupytron.versions import host, running
+from cupytron.versions import Program, host, running
 
 
 def open_world() -> Communicator:
@@ -36,7 +36,16 @@ def check_same_program(world: Communicator) -> None:
     Raises:
         CupytronError: a rank differs; it names the first such rank and its machine, the same on every rank.
     """
-    (first_host, first), *others = world.gather_objects((host(), running()))
+    own = Program(host(), running())
+    said = world.gather_objects(own)
+    # a version that compares nothing says something else here
+    strange = [rank for rank, other in enumerate(said) if not isinstance(other, Program)]
+    if strange:
+        raise CupytronError(
+            f"rank {strange[0]} runs another version of cupytron than rank {world.rank} on {own.host}, "
+            f"which has {own.versions['cupytron']}; install the same version on every machine"
+        )
+    (first_host, first), *others = said
     for rank, (other_host, other) in enumerate(others, start=1):
         lines = [
             f"{name} {other[name]}, rank 0 has {first[name]}"
