@@ -91,8 +91,8 @@ def check_shared(folder: Path, world: Communicator) -> None:
             f"{folder}; {_SHARE}"
         )
 
-    together(world, lambda: probe.touch() if world.rank == 0 else None)
     try:
+        together(world, lambda: probe.touch() if world.rank == 0 else None)
         agree(world, probe.exists, differ)
     finally:
         if world.rank == 0:
