@@ -9,7 +9,7 @@ RUNS := runs
 
 help:
 	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
-	@echo "make test        everything that can be tested on this machine (9 minutes)"
+	@echo "make test        most of what can be tested on this machine (15 minutes)"
 	@echo "make test-all    the tests that take longer: every system call, power loss, every phase (20 minutes)"
 	@echo "make test-mpi-4  what ranks say to each other, on 4 ranks under MPICH and Open MPI"
 	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
