@@ -5,7 +5,6 @@ for a while. If they still differ, all of them refuse with one error, which name
 """
 
 import contextlib
-import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from cupytron.errors import (
     UnreadableCheckpoint,
 )
 from cupytron.together import together
+from cupytron.versions import host
 
 # seconds between two looks of ranks that see different things: a network file system shows a change late
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -58,7 +58,7 @@ def agree(
     """
     for pause in (*PAUSES, None):
         seen = together(world, look)
-        views = [View(*view) for view in world.gather_objects((platform.node(), seen))]
+        views = [View(*view) for view in world.gather_objects((host(), seen))]
         error = differ(views)
         if error is None:
             return views
@@ -110,10 +110,10 @@ def lists_differ(run: Path, views: Sequence[View]) -> CheckpointError | None:
     if newest is None or all(sees):
         return None
     rank, seer = sees.index(False), sees.index(True)
-    host, steps = views[rank]
+    machine, steps = views[rank]
     what = f"its newest there is step {steps[-1]}" if steps else "it sees no checkpoint there"
     return CheckpointError(
-        f"rank {rank} ({host}) does not see step-{newest:08d} of {run}, which rank {seer} sees: {what}; "
+        f"rank {rank} ({machine}) does not see step-{newest:08d} of {run}, which rank {seer} sees: {what}; "
         f"{_SHARE}"
     )
 
@@ -136,10 +136,10 @@ def manifests_differ(place: Path, views: Sequence[View]) -> CheckpointError | No
         rank = kinds.index(DamagedCheckpoint)
         return DamagedCheckpoint(f"rank {rank} ({views[rank].host}): {views[rank].what[1]}")
     _, first = views[0].what
-    for rank, (host, (kind, sha256)) in enumerate(views):
+    for rank, (machine, (kind, sha256)) in enumerate(views):
         if kind is None and sha256 != first:
             return CheckpointError(
-                f"rank {rank} ({host}) sees another checkpoint in {place} than rank 0 (manifest "
+                f"rank {rank} ({machine}) sees another checkpoint in {place} than rank 0 (manifest "
                 f"{sha256[:12]} there, {first[:12]} on rank 0); {_SHARE}"
             )
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cupytron.checkpoint import Checkpoint
 from cupytron.run_checkpoints import free_name
-from cupytron.run_folder import RunFolder, records
+from cupytron.run_folder import RunFolder, records, temporary
 
 
 def damage(folder: RunFolder, found: Checkpoint) -> str | None:
@@ -62,6 +62,6 @@ def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 def _copy(path: Path) -> Path:
     copy = free_name(path.with_name(f"{path.stem}.damaged{path.suffix}"))
-    temporary = copy.with_name(f".{copy.name}.tmp")
-    shutil.copyfile(path, temporary)
-    return temporary.replace(copy)
+    new = temporary(copy)
+    shutil.copyfile(path, new)
+    return new.replace(copy)

@@ -14,6 +14,7 @@ from cupytron.errors import ConfigError, CupytronError
 from cupytron.gpu import INSTALL, idle, open_device
 from cupytron.kernels import candidates
 from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
+from cupytron.manifest import identity_of
 from cupytron.parallel import checker, schedules
 from cupytron.together import alike
 from cupytron.versions import host
@@ -61,11 +62,9 @@ def _copy(folder: Path) -> list[tuple[int, int, int] | None]:
     found: list[tuple[int, int, int] | None] = []
     for name in ("train.bin", "val.bin"):
         try:
-            status = (folder / name).stat()
+            found.append(identity_of((folder / name).stat()))
         except OSError:
             found.append(None)
-        else:
-            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
     return found
 
 
