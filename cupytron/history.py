@@ -19,29 +19,34 @@ def damage(folder: RunFolder, found: Checkpoint) -> str | None:
     """How metrics.jsonl differs from the part of it that a checkpoint seals; None if it does not.
 
     If some of its lines cannot be read, a copy of it is kept, since a resumed run drops those lines.
+    A checkpoint of an earlier version has no such seal. Then each step must have a line that can be read.
     """
     sealed = found.about.get("metrics")
-    if not isinstance(sealed, dict):
-        return None  # an earlier version saved the checkpoint, and sealed no metrics
     path = folder.metrics
     if not path.exists():
         return f"{path} is missing: the records of steps 1 to {found.step} are lost"
     content = path.read_bytes()
-    covered = content[: sealed["bytes"]]
-    if len(covered) == sealed["bytes"] and hashlib.sha256(covered).hexdigest() == sealed["sha256"]:
+    # without a seal, a last line that a kill cut in half is no damage
+    covered = content[: sealed["bytes"] if sealed else content.rfind(b"\n") + 1]
+    if sealed and hashlib.sha256(covered).hexdigest() == sealed["sha256"]:
         return None
     lines = list(records(covered))
+    unreadable = any(record is None for record, _ in lines)
     there = {
         record["step"]
         for record, _ in records(content)
         if record is not None and "loss" in record and isinstance(record.get("step"), int)
     }
     missing = [step for step in range(1, found.step + 1) if step not in there]
+    if not (sealed or unreadable or missing):
+        return None
     what = "records are not those that were written, all of them readable"
     if missing:
         what = f"the records of steps {ranges(missing)} are missing or cannot be read"
+    elif unreadable:
+        what = "some of its lines cannot be read"
     note = ""
-    if any(record is None for record, _ in lines):
+    if unreadable:
         note = f"; it is kept as {_copy(path).name}"
     return f"{path} is damaged: {what}{note}"
 

@@ -165,6 +165,9 @@ def prepare_folder(
             warn(line)
         if wrong := damage(folder, found):
             warn(wrong)
+    seal = found.about.get("metrics") if found and not wrong else None
+    # before config.toml: records are compared with the interval that they were written under
+    folder.keep_metrics(step, seal["bytes"] if seal else None)
     folder.write(folder.config, config.to_toml())
     folder.write(folder.environment, json.dumps(environment, indent=1) + "\n")
     if dataset.tokenizer_hash:
@@ -172,8 +175,6 @@ def prepare_folder(
         if found and not _holds(folder.tokenizer, content):
             warn(f"{folder.tokenizer} is not the run's tokenizer; it is written again")
         folder.write(folder.tokenizer, content)
-    seal = found.about.get("metrics") if found and not wrong else None
-    folder.keep_metrics(step, seal["bytes"] if seal else None)
     if found:
         # the save that was resumed may have been cut short before it removed older ones
         folder.prune(config.checkpoint.keep)

@@ -49,6 +49,10 @@ class RunCheckpoints:
         """Steps with a checkpoint, whole or not, in order, as this process sees them."""
         return sealed.list_steps(self.path)
 
+    def has_saved(self) -> bool:
+        """Whether the run has saved a checkpoint that should still be there."""
+        return self.saved.exists()
+
     # what all ranks see
 
     def agreed_steps(self, world: Communicator | None = None) -> list[int]:
@@ -59,7 +63,7 @@ class RunCheckpoints:
                 checkpoints are gone. The same on every rank.
         """
         world = world or SelfCommunicator()
-        views = agree(world, lambda: (self.steps(), self.saved.exists()), self._differ)
+        views = agree(world, lambda: (self.steps(), self.has_saved()), self._differ)
         steps, _ = views[0].what
         return list(steps)
 

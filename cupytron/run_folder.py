@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cupytron import checkpoint, sealed
+from cupytron.config_io import read_toml
 from cupytron.durable import sync, sync_folder
-from cupytron.errors import CupytronError
+from cupytron.errors import ConfigError, CupytronError
 from cupytron.run_checkpoints import RunCheckpoints
 
 # files of the folder that are replaced as a whole; a kill may leave their temporary ones
@@ -59,7 +60,7 @@ class RunFolder(RunCheckpoints):
         """
         if self.path.exists() and not self.path.is_dir():
             raise CupytronError(f"{self.path}: is a file; choose another --out")
-        if self.saved.exists() and not self.checkpoints.is_dir():
+        if self.has_saved() and not self.checkpoints.is_dir():
             raise self.lost()
         ours = (self.config, self.environment, self.tokenizer, self.metrics)
         found = [path for path in ours if path.exists()]
@@ -98,6 +99,24 @@ class RunFolder(RunCheckpoints):
             for left in self.path.glob(temporary(Path(name)).name):
                 left.unlink(missing_ok=True)
         return checkpoint.recover(self.checkpoints)
+
+    def has_saved(self) -> bool:
+        """Whether RUN/saved says so; or, where an earlier version has not written it, the records.
+
+        A run saves every `checkpoint.interval` steps. So its records pass that step only after a save.
+        """
+        if super().has_saved():
+            return True
+        if self.steps() or not self.metrics.exists():
+            return False
+        try:
+            interval = read_toml(self.config)["checkpoint"]["interval"]
+        except (ConfigError, KeyError, TypeError):
+            return False  # nothing says how often the run saved
+        steps = [
+            step for record in self.read_metrics() if isinstance(step := record.get("step"), int)
+        ]
+        return isinstance(interval, int) and 0 < interval < max(steps, default=0)
 
     def note_saved(self, step: int) -> None:
         """Write RUN/saved after the first save, so that checkpoints which vanish later are missed."""

@@ -12,7 +12,7 @@ from runs import ENVIRONMENT, TEXT, make_data, run_here
 from cupytron.cli.options import Settings
 from cupytron.comm import run_ranks
 from cupytron.config import load_config
-from cupytron.errors import CheckpointError, UnreadableCheckpoint
+from cupytron.errors import CheckpointError, CupytronError, UnreadableCheckpoint
 from cupytron.history import damage, ranges
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
@@ -206,9 +206,65 @@ def test_a_run_that_was_killed_before_its_first_save_begins_again(out, data, cap
     shutil.rmtree(out.checkpoints)
     out.checkpoints.mkdir()
     out.saved.unlink()
+    out.metrics.write_bytes(b"".join(out.metrics.read_bytes().splitlines(keepends=True)[:3]))
     run_here(data, out.path, *SHORT)
     assert out.steps() == [4, 8] and out.saved.read_text() == "4\n"
     assert [r["step"] for r in out.read_metrics() if "loss" in r] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+def test_a_run_of_an_earlier_version_that_has_lost_its_checkpoints_is_refused(out, data, folder):
+    shutil.rmtree(out.checkpoints)
+    if folder == "empty":
+        out.checkpoints.mkdir()
+    out.saved.unlink()  # an earlier version wrote no such file
+    before = out.metrics.read_bytes()
+    with pytest.raises(CupytronError, match=r"has saved checkpoints|would be overwritten"):
+        run_here(data, out.path, *SHORT)
+    assert out.metrics.read_bytes() == before
+
+
+@pytest.fixture
+def unsealed(out, monkeypatch):
+    """The run as an earlier version saved it: no checkpoint seals its records."""
+    opened = RunFolder.see
+
+    def see(self, step):
+        found = opened(self, step)
+        found.about.pop("metrics", None)
+        return found
+
+    monkeypatch.setattr(RunFolder, "see", see)
+    out.saved.unlink()
+    return out
+
+
+@pytest.mark.parametrize("half_a_line", [b"", b'{"step": 9, "lo'])
+def test_records_without_a_seal_that_are_whole_are_resumed_in_silence(
+    unsealed, capsys, half_a_line
+):
+    with open(unsealed.metrics, "ab") as file:
+        file.write(half_a_line)
+    assert warnings(go_on(unsealed, capsys)) == QUIET
+
+
+def test_records_without_a_seal_that_are_missing_are_told(unsealed, capsys):
+    unsealed.metrics.unlink()
+    lines = warnings(go_on(unsealed, capsys))
+    assert any("metrics.jsonl is missing: the records of steps 1 to 8 are lost" in x for x in lines)
+
+
+def test_records_without_a_seal_that_cannot_be_read_are_told_and_kept(unsealed, capsys):
+    lines = unsealed.metrics.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:3], b"\xff" + lines[3], *lines[5:]])
+    unsealed.metrics.write_bytes(damaged)
+    told = [line for line in warnings(go_on(unsealed, capsys)) if "is damaged" in line]
+    assert (
+        len(told) == 1
+        and "missing or cannot be read" in told[0]
+        and "metrics.damaged.jsonl" in told[0]
+    )
+    assert (unsealed.path / "metrics.damaged.jsonl").read_bytes() == damaged
 
 
 def test_checkpoints_that_were_set_aside_stay(out, data):
