@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cupytron.cli.flags import UNUSED_WITHOUT_TRAINING
+from cupytron.cli.help import Command, option
 from cupytron.cli.options import (
     Settings,
     data_vocabulary,
@@ -18,17 +20,28 @@ if TYPE_CHECKING:
     from cupytron.kernels.autotune import RuntimeAutoTuner
 
 
-@click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Another copy of the table."
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron autotune --preset gpt2-124m --set model.vocab_size=50304 --compute-dtype bfloat16",
+        "mpirun -n 2 cupytron autotune --preset demo --data DIR --tp 2",
+    ],
 )
-@settings_options
+@option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    heading="Measurement",
+    help="Another copy of the table.",
+)
+@settings_options(unused={**UNUSED_WITHOUT_TRAINING, "train.max_steps": "it runs one step"})
 def command(settings: Settings, out: Path | None) -> None:
     """Measure which functions are the fastest for a configuration, and keep the choices.
 
-    One step is run on random tokens; each operation's candidates are compared with the reference, and
-    timed, on what it is given. Later runs on this machine use the choices where they meet the same shapes,
-    unless they have --autotune off or --deterministic. Choices may change the last bits of results.
+    One step is run on random tokens (of --data the vocabulary alone is used); each operation's candidates
+    are compared with the reference, and timed, on what it is given. Later runs on this machine use the
+    choices where they meet the same shapes, unless they have --autotune off or --deterministic. Choices may
+    change the last bits of results.
     """
     config = settings.load(mesh=True)
     set_timeout(config.parallel.timeout)

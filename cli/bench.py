@@ -4,6 +4,8 @@ import json
 
 import click
 
+from cupytron.cli.flags import UNUSED_WITHOUT_TRAINING
+from cupytron.cli.help import Command, option
 from cupytron.cli.options import (
     Settings,
     data_vocabulary,
@@ -13,20 +15,34 @@ from cupytron.cli.options import (
 )
 
 
-@click.command()
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, metavar="N")
-@click.option("--json", "as_json", is_flag=True, help="Print an object.")
-@click.option(
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron bench --preset gpt2-124m --set model.vocab_size=50304 --steps 5",
+        "mpirun -n 2 cupytron bench --preset demo --data DIR --zero 1 --threads 1",
+    ],
+)
+@option(
+    "--steps",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    heading="Measurement",
+    help="Steps that are measured.",
+)
+@option("--json", "as_json", is_flag=True, heading="Measurement", help="Print an object.")
+@option(
     "--peak-tflops",
     type=click.FloatRange(0, min_open=True),
     metavar="X",
+    heading="Measurement",
     help="What one GPU can do, for MFU, where its data sheet is not known here.",
 )
-@settings_options
+@settings_options(unused=UNUSED_WITHOUT_TRAINING)
 def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | None) -> None:
     """Measure a configuration on random tokens: forward, backward, clipping and optimizer.
 
-    Under mpirun all ranks form the mesh that the settings say.
+    Under mpirun all ranks form the mesh that the settings say. Of --data the vocabulary alone is used.
     """
     config = settings.load(mesh=True)
     set_timeout(config.parallel.timeout)

@@ -4,14 +4,16 @@ import json
 
 import click
 
+from cupytron.cli.help import Folder, Group, option
 
-@click.group()
+
+@click.group(cls=Group)
 def command() -> None:
     """List, verify and fingerprint the checkpoints of a run."""
 
 
-@command.command()
-@click.argument("run", metavar="RUN")
+@command.command(examples=["cupytron checkpoint ls runs/demo"])
+@click.argument("run", type=Folder(), metavar="RUN")
 def ls(run: str) -> None:
     """List the checkpoints: step, size, validation loss."""
     from cupytron.errors import CheckpointError
@@ -32,8 +34,8 @@ def ls(run: str) -> None:
         click.echo(f"{step:>8}  {size:,.1f} MB{note}{'  best' if found in best else ''}")
 
 
-@command.command()
-@click.argument("run", metavar="RUN")
+@command.command(examples=["cupytron checkpoint verify runs/demo"])
+@click.argument("run", type=Folder(), metavar="RUN")
 def verify(run: str) -> int:
     """Check every file of every checkpoint; exit code 1 if one is damaged or cannot be read."""
     from cupytron.errors import CheckpointError
@@ -56,10 +58,21 @@ def _state(error: Exception) -> str:
     return f"{'unreadable' if isinstance(error, UnreadableCheckpoint) else 'damaged'}: {error}"
 
 
-@command.command()
-@click.argument("run", metavar="RUN")
-@click.option("--checkpoint", default="last", show_default=True, metavar="best|last|STEP")
-@click.option("--json", "as_json", is_flag=True, help="Print an object.")
+@command.command(
+    examples=[
+        "cupytron checkpoint digest runs/demo",
+        "cupytron checkpoint digest runs/demo --checkpoint 250 --json",
+    ]
+)
+@click.argument("run", type=Folder(), metavar="RUN")
+@option(
+    "--checkpoint",
+    default="last",
+    show_default=True,
+    metavar="best|last|STEP",
+    help="Which checkpoint.",
+)
+@option("--json", "as_json", is_flag=True, help="Print an object.")
 def digest(run: str, checkpoint: str, as_json: bool) -> None:
     """SHA-256 of each logical tensor, and one for all of them."""
     from cupytron.run_folder import RunFolder

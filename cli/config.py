@@ -5,22 +5,35 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cupytron.cli.help import Group, PresetOption, option
 from cupytron.cli.options import Settings, settings_options
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Show or check settings."""
 
 
-@command.command()
+@command.command(
+    examples=[
+        "cupytron config show --preset demo > settings.toml",
+        "cupytron config show --presets",
+        "cupytron config show --keys",
+        "cupytron config show --preset demo --set optim.lr=1e-4 --json",
+    ]
+)
+@option("--json", "as_json", is_flag=True, heading="Output", help="Print JSON instead of TOML.")
+@option("--presets", is_flag=True, heading="Output", help="List the presets.")
+@option(
+    "--keys",
+    is_flag=True,
+    heading="Output",
+    help="List every key with its default and meaning.",
+)
 @settings_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-@click.option("--presets", is_flag=True, help="List the presets.")
-@click.option("--keys", is_flag=True, help="List every key with its default and meaning.")
 def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
     """Print the settings that a run would have, as a TOML file.
 
@@ -39,9 +52,14 @@ def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
             click.echo()
 
 
-@command.command()
+@command.command(
+    examples=[
+        "cupytron config validate settings.toml",
+        "cupytron config validate --preset demo a.toml b.toml",
+    ]
+)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--preset", metavar="NAME", help="Settings that the files are laid over.")
+@click.option("--preset", cls=PresetOption)
 @click.pass_context
 def validate(ctx: click.Context, files: tuple[str, ...], preset: str | None) -> None:
     """Check TOML files, and name everything that is wrong with each."""

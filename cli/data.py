@@ -5,53 +5,76 @@ from typing import Any
 
 import click
 
-
-class _WrongSetting(click.ClickException):
-    """A setting that is wrong whatever the sources: a usage error, in one line."""
-
-    exit_code = 2
-
-    def show(self, file: object = None) -> None:
-        click.echo(f"error: {self.message}", err=True)
+from cupytron.cli.help import Folder, Group, option
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group)
 def command() -> None:
     """Prepare and inspect token data sets."""
 
 
-@command.command()
+@command.command(
+    examples=[
+        "cupytron data prepare shakespeare --out runs/shakespeare-data --tokenizer char",
+        "cupytron data prepare book.txt notes/ --out runs/data --tokenizer bpe:8000",
+        "cupytron data prepare corpus.jsonl --out runs/data --tokenizer tokenizer.json",
+        "cupytron data prepare train.bin --out runs/data --vocab-size 50257",
+    ]
+)
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option(
+@option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    heading="Data set",
+    help="Folder to write.",
+)
+@option(
     "--tokenizer",
+    heading="Tokens",
     metavar="byte|char|bpe:SIZE|FILE",
     help="How text becomes token ids. FILE: a tokenizer.json of ours or of Hugging Face.  [default: byte]",
 )
-@click.option(
+@option(
     "--val-fraction",
+    heading="Data set",
     type=float,
     default=0.1,
     show_default=True,
     help="Part of the tokens, at the end, that is kept for validation.",
 )
-@click.option(
-    "--vocab-size", type=int, help="Number of ids in .bin and .npy files without a tokenizer."
+@option(
+    "--vocab-size",
+    heading="Token files and JSON lines",
+    type=int,
+    help="Number of ids in .bin and .npy files without a tokenizer.",
 )
-@click.option(
+@option(
     "--bin-dtype",
+    heading="Token files and JSON lines",
     type=click.Choice(["uint16", "uint32", "int32", "int64"]),
     help="Type of the ids in .bin files that do not say it.  [default: uint16]",
 )
-@click.option(
-    "--text-field", default="text", show_default=True, help="The field of JSON lines to read."
+@option(
+    "--text-field",
+    heading="Token files and JSON lines",
+    default="text",
+    show_default=True,
+    help="The field of JSON lines to read.",
 )
-@click.option(
+@option(
     "--separator",
+    heading="Tokens",
     metavar="TOKEN",
     help="The token between documents, for --tokenizer FILE.  [default: one with a known name]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a prepared data set in --out.")
+@option(
+    "--overwrite",
+    is_flag=True,
+    heading="Data set",
+    help="Replace a prepared data set in --out.",
+)
 def prepare(
     sources: tuple[str, ...],
     out: Path,
@@ -76,7 +99,7 @@ def prepare(
     try:
         check_settings(tokenizer, val_fraction, vocab_size, separator)
     except DataError as error:
-        raise _WrongSetting(str(error)) from error
+        raise click.UsageError(str(error)) from error
     try:
         result = prepare_dataset(
             sources,
@@ -107,10 +130,10 @@ def prepare(
     )
 
 
-@command.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(folder: Path, as_json: bool) -> None:
+@command.command(examples=["cupytron data inspect runs/data"])
+@click.argument("folder", metavar="DIR", type=Folder())
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(folder: str, as_json: bool) -> None:
     """Check a data set and say what it holds."""
     import json
 

@@ -4,15 +4,23 @@ import json
 
 import click
 
+from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
 
 
-@click.command()
-@click.argument("run", metavar="RUN")
-@click.option("--data", metavar="DIR", help="Another data set of the same tokenizer.")
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron eval runs/demo",
+        "cupytron eval runs/demo --checkpoint last --data runs/other-data",
+        "mpirun -n 2 cupytron eval runs/demo",
+    ],
+)
+@click.argument("run", type=Folder(), metavar="RUN")
+@option("--data", type=Folder(), metavar="DIR", help="Another data set of the same tokenizer.")
 @checkpoint_option
 @mesh_options
-@click.option("--json", "as_json", is_flag=True, help="Print an object.")
+@option("--json", "as_json", is_flag=True, help="Print an object.")
 def command(
     run: str,
     data: str | None,

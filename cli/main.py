@@ -14,6 +14,7 @@ import traceback
 
 import click
 
+from cupytron.cli.help import Group, usage_message
 from cupytron.launcher import end_mpi, launched_rank, launched_tasks
 
 # name: (module in cupytron.cli, the line that --help shows)
@@ -33,7 +34,7 @@ COMMANDS = {
 ON_A_MESH = {"train", "eval", "sample", "verify", "bench", "autotune"}
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose commands are imported only when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -83,7 +84,10 @@ def _with_debug(command: click.Command) -> click.Command:
     return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="cupytron", message="cupytron %(version)s")
 def cli() -> None:
     """Train small language models with hand-written layers, and the same numbers on any mesh."""
@@ -128,10 +132,7 @@ def _run(arguments: list[str]) -> int:
             raise
         if "debug" in noted:
             traceback.print_exc()
-        if isinstance(error, click.ClickException):
-            error.show()
-        else:
-            click.echo(f"error: {_message(error)}", err=True)
+        click.echo(f"error: {_message(error)}", err=True)
         return _exit_code(error)
 
 
@@ -201,7 +202,7 @@ def _exit_code(error: BaseException) -> int:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
-        return error.format_message()
+        return usage_message(error)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         # click makes an Abort of a KeyboardInterrupt
         return "interrupted"

@@ -5,65 +5,20 @@ import functools
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cupytron.cli.flags import FLAGS, HEADINGS, SHOWN, SWITCHES
+from cupytron.cli.help import Folder, PresetOption, SettingOption, option, usage_message
+
 if TYPE_CHECKING:
     from cupytron.config import ParallelConfig, RunConfig
     from cupytron.progress import Note
     from cupytron.trained import TrainedModel
-
-# (names, the key that they set, help); the names are those that users of other systems know.
-# Values stay text here, so that `load_config` tells all errors at once and in one way.
-FLAGS = [
-    (("--data",), "data.path", "Folder made by `cupytron data prepare`."),
-    (("--num-layers", "--n-layers"), "model.num_layers", "Blocks."),
-    (("--num-heads", "--n-heads"), "model.num_heads", "Attention heads."),
-    (("--d-model",), "model.d_model", "Width of the residual stream."),
-    (("--sequence-length",), "train.sequence_length", "Tokens of a training sequence."),
-    (("--micro-batch", "--batch-size"), "train.micro_batch", "Sequences of one forward."),
-    (("--global-batch",), "train.global_batch", "Sequences of a step."),
-    (("--max-steps",), "train.max_steps", "Steps of the whole run."),
-    (("--lr", "--learning-rate"), "optim.lr", "Highest learning rate."),
-    (("--eval-interval",), "train.eval_interval", "Steps between validation losses."),
-    (("--check-replicas",), "train.check_replicas", "Steps between comparisons of replicas."),
-    (("--seed",), "train.seed", "Of weights, sample order and dropout."),
-    (("--dtype",), "train.dtype", "Of weights and optimizer state: float32 or float64."),
-    (("--compute-dtype",), "train.compute_dtype", "float64, float32, bfloat16 or float16."),
-    (("--device",), "parallel.device", "auto, cpu or cuda."),
-    (("--comm",), "parallel.comm", "GPU: auto, nccl, mpi or mpi-staged."),
-    (("--autotune",), "parallel.autotune", "on or off: choose kernels by measurement."),
-    (("--tensor-parallel-size", "--tp"), "parallel.tp", "Tensor-parallel size."),
-    (("--pipeline-parallel-size", "--pp"), "parallel.pp", "Pipeline-parallel size."),
-    (("--data-parallel-size", "--dp"), "parallel.dp", "Data-parallel size."),
-    (("--schedule",), "parallel.schedule", "Pipeline: gpipe, 1f1b, interleaved, zb-h1 or zb-v."),
-    (("--chunks",), "parallel.chunks", "Interleaved: parts of the model on each stage."),
-    (("--split",), "parallel.split", "Blocks of each part of the pipeline, such as 2,3,3,2."),
-    (("--recompute",), "model.recompute", "none, selective or block: forward again in backward."),
-    (("--zero",), "parallel.zero", "ZeRO stage, 0 to 3."),
-    (("--threads",), "parallel.threads", "Threads of each process."),
-    (("--timeout",), "parallel.timeout", "Seconds without progress that end several ranks' job."),
-    (("--blas-kernel",), "parallel.blas_kernel", "OpenBLAS kernel: auto, off or a name."),
-]
-SWITCHES = [
-    (
-        ("--deterministic/--no-deterministic",),
-        "train.deterministic",
-        "The same bits on any number of replicas (one BLAS thread).",
-    ),
-    (
-        ("--sequence-parallel/--no-sequence-parallel", "--sp/--no-sp"),
-        "parallel.sp",
-        "Sequence parallelism along the tensor axis.",
-    ),
-    (("--malloc/--no-malloc",), "parallel.malloc", "Keep freed pages (glibc)."),
-    (("--tf32/--no-tf32",), "train.tf32", "GPU: float32 products on tensor cores."),
-    (("--graphs/--no-graphs",), "parallel.graphs", "GPU: CUDA graphs."),
-]
 
 
 @dataclass(frozen=True)
@@ -168,12 +123,12 @@ def _giving_way(old: "ParallelConfig", overrides: list[str], ranks: int) -> list
 
 
 # which of a run's checkpoints a command reads
-checkpoint_option = click.option(
+checkpoint_option = option(
     "--checkpoint",
     default="best",
     show_default=True,
     metavar="best|last|STEP",
-    help="Which weights.",
+    help="Which weights: of the lowest validation loss, the newest, or of a step.",
 )
 
 
@@ -200,8 +155,8 @@ def prepare_process(config: "RunConfig") -> dict[str, Any]:
 
 
 def data_vocabulary(config: "RunConfig") -> int | None:
-    """The vocabulary of the settings' data set, if it is wanted: they may name none, or have their own."""
-    if not config.data.path or config.model.vocab_size is not None:
+    """The vocabulary of the settings' data set, if they name one."""
+    if not config.data.path:
         return None
     from cupytron.data import open_dataset
 
@@ -234,41 +189,51 @@ class Seconds(click.FloatRange):
 
 def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """A mesh for a command that works with a trained model: `tp`, `pp`, `zero`, `device` and `timeout`."""
-    for option in (
-        click.option(
+    for add in (
+        option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
+            heading="Mesh and device",
             help="auto: a GPU where one can be used.",
         ),
-        click.option(
+        option(
             "--timeout",
             type=Seconds(),
             default=600.0,
             show_default=True,
+            heading="Mesh and device",
             help="Seconds without progress that end several ranks' job; 0: never.",
         ),
-        click.option("--zero", type=click.IntRange(0, 3), default=0, help="3: spread the weights."),
-        click.option(
+        option(
+            "--zero",
+            type=click.IntRange(0, 3),
+            default=0,
+            show_default=True,
+            heading="Mesh and device",
+            help="ZeRO stage; 3 spreads the weights over the ranks.",
+        ),
+        option(
             "--pipeline-parallel-size",
             "--pp",
             "pp",
             type=click.IntRange(1),
             default=1,
-            metavar="N",
+            show_default=True,
+            heading="Mesh and device",
             help="Under mpirun: stages that the layers are dealt out to.",
         ),
-        click.option(
+        option(
             "--tensor-parallel-size",
             "--tp",
             "tp",
             type=click.IntRange(1),
-            metavar="N",
+            heading="Mesh and device",
             help="Under mpirun: how many ranks share each layer.",
         ),
     ):
-        function = option(function)
+        function = add(function)
     return function
 
 
@@ -313,28 +278,45 @@ def trained_model(
         yield load(run, checkpoint, warn, context, zero), progress.note, first
 
 
-def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of a run's settings; it receives them as `settings`."""
+def settings_options(
+    function: Callable[..., Any] | None = None,
+    *,
+    unused: Mapping[str, str] | None = None,
+    defaults: bool = True,
+) -> Callable[..., Any]:
+    """Give a command the options of a run's settings; it receives them as `settings`.
 
-    @functools.wraps(function)
+    Args:
+        unused: keys that this command has no use for, and why. Their options are refused.
+        defaults: whether what is not given is as the settings' schema says.
+    """
+    if function is None:
+        return functools.partial(settings_options, unused=unused, defaults=defaults)
+    call: Callable[..., Any] = function
+
+    @functools.wraps(call)
     def command(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, settings=_taken(kwargs), **kwargs)
+        return call(*args, settings=_taken(kwargs), **kwargs)
 
-    for option in reversed(_options()):
-        command = option(command)
+    for add in reversed(_options(unused or {}, defaults)):
+        command = add(command)
     return command
 
 
-def parse_settings(line: str, start: Settings) -> Settings:
-    """Settings written as flags in one line, over those of `start`."""
+def parse_settings(line: str, start: Settings, unused: Mapping[str, str] | None = None) -> Settings:
+    """Settings written as flags in one line, over those of `start`; `unused` as in settings_options."""
     line_command = click.Command(line, params=[])
-    for option in reversed(_options()):
-        line_command = option(line_command)
+    for add in reversed(_options(unused or {})):
+        line_command = add(line_command)
     try:
         words = shlex.split(line)
     except ValueError as error:
         raise click.UsageError(f"in the line {line!r}: {error}") from None
-    parameters = line_command.make_context(f"in the line {line!r}", words).params
+    try:
+        parameters = line_command.make_context(line, words).params
+    except click.UsageError as error:
+        error.ctx = None  # that line is no command whose help could be asked for
+        raise click.UsageError(f"in the line {line!r}: {usage_message(error)}") from None
     found = _taken(parameters)
     return Settings(
         found.preset or start.preset,
@@ -353,22 +335,43 @@ def _taken(parameters: dict[str, Any]) -> Settings:
     return Settings(parameters.pop("preset"), parameters.pop("config"), overrides)
 
 
-def _options() -> list[Callable[..., Any]]:
+def _options(unused: Mapping[str, str], defaults: bool = True) -> list[Callable[..., Any]]:
+    def refuse_option(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        if value is not None:
+            why = unused[getattr(param, "key", "")]
+            raise click.UsageError(f"{param.opts[0]}: is not used by this command; {why}", ctx)
+
+    start = {"heading": "Settings to start from"}
     options = [
-        click.option("--preset", metavar="NAME", help="Settings to start from."),
-        click.option("--config", metavar="FILE", help="TOML file; overrides the preset."),
-        click.option(
+        click.option("--preset", cls=PresetOption, **start),
+        option("--config", metavar="FILE", help="TOML file; overrides the preset.", **start),
+        option(
             "--set",
             "set_",
             metavar="SECTION.KEY=VALUE",
             multiple=True,
-            help="Override one setting; repeatable. The flags below override it.",
+            help="Override any setting; repeatable. The options below override it. "
+            "`cupytron config show --keys` lists all keys.",
+            **start,
         ),
     ]
-    for names, key, text in FLAGS:
-        options.append(click.option(*names, _name(key), metavar="VALUE", help=f"{text}  [{key}]"))
-    for names, key, text in SWITCHES:
-        options.append(click.option(*names, _name(key), default=None, help=f"{text}  [{key}]"))
+    for names, key, heading in sorted(FLAGS + SWITCHES, key=lambda row: HEADINGS.index(row[2])):
+        how = {"hidden": True, "callback": refuse_option} if key in unused else {}
+        shown = SHOWN.get(key)
+        options.append(
+            click.option(
+                *names,
+                _name(key),
+                cls=SettingOption,
+                key=key,
+                heading=heading,
+                shown=shown,
+                defaults=defaults,
+                default=None,
+                type=Folder() if shown == "DIR" else None,
+                **how,
+            )
+        )
     return options
 
 

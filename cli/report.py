@@ -4,27 +4,44 @@ from pathlib import Path
 
 import click
 
+from cupytron.cli.help import Command, Folder, option
 
-@click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file [RUN/report.html]."
+
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron report runs/demo",
+        "cupytron report runs/demo --out demo.html --png loss.png --no-sample",
+    ],
 )
-@click.option(
+@click.argument("run", type=Folder(), metavar="RUN")
+@option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="HTML file to write.  [default: RUN/report.html]",
+)
+@option(
     "--png",
     type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
     help="Also draw the loss curves here (needs the plot extra).",
 )
-@click.option("--text", is_flag=True, help="Also draw the loss curves here, in the terminal.")
-@click.option("--sample/--no-sample", default=True, help="Let the model write a text for the page.")
-def command(run: Path, out: Path | None, png: Path | None, text: bool, sample: bool) -> None:
+@option("--text", is_flag=True, help="Also draw the loss curves here, in the terminal.")
+@option(
+    "--sample/--no-sample",
+    default=True,
+    show_default=True,
+    help="Let the model write a text for the page.",
+)
+def command(run: str, out: Path | None, png: Path | None, text: bool, sample: bool) -> None:
     """Write one self-contained HTML page about RUN: loss curves, settings, speed and a sample."""
     from cupytron import report
     from cupytron.run_folder import RunFolder
 
     if text:
         click.echo(report.loss_curve_text(RunFolder(run).require().read_metrics()))
-    out = out or run / "report.html"
+    out = out or Path(run) / "report.html"
     RunFolder(run).check_foreign(out)
     found = report.read_report(run, sample)
     report.write_html(found, out)

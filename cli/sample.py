@@ -5,26 +5,55 @@ from typing import Any
 
 import click
 
+from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
 from cupytron.launcher import launched_tasks
 
 
-@click.command()
-@click.argument("run", metavar="RUN")
-@click.option("--prompt", metavar="TEXT", help="What to continue.  [default: begin a document]")
-@click.option("--max-new-tokens", type=int, default=200, show_default=True, metavar="N")
-@click.option(
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron sample runs/demo --prompt 'The '",
+        "cupytron sample runs/demo --prompt 'import ' --num-samples 3 --top-k 40 --seed 7",
+        'cupytron sample runs/demo --prompt "$(cat FILE)" --temperature 0',
+    ],
+)
+@click.argument("run", type=Folder(), metavar="RUN")
+@option("--prompt", metavar="TEXT", help="What to continue.  [default: begin a document]")
+@option(
+    "--max-new-tokens",
+    type=int,
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Longest text, without the prompt.",
+)
+@option(
     "--temperature",
     type=float,
     default=0.8,
     show_default=True,
     metavar="T",
-    help="0: the likeliest.",
+    help="Spread of the choices; 0: always the likeliest token.",
 )
-@click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Choose among the fewest that hold P.")
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="M")
-@click.option("--seed", type=int, default=1, show_default=True, metavar="S")
+@option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens.")
+@option("--top-p", type=float, metavar="P", help="Choose among the fewest that hold P.")
+@option(
+    "--num-samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="M",
+    help="Texts.",
+)
+@option(
+    "--seed",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="S",
+    help="Of the choices; the same seed gives the same texts.",
+)
 @checkpoint_option
 @mesh_options
 def command(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cupytron.cli.help import Command, option
 from cupytron.parallel.schedules import NAMES  # imports no NumPy
 
 if TYPE_CHECKING:
@@ -29,9 +30,22 @@ def _parse_times(ctx: click.Context, param: click.Parameter, value: str) -> Time
     return f, b, w
 
 
-@click.command()
-@click.option("--schedule", "name", type=click.Choice(NAMES), default="1f1b", show_default=True)
-@click.option(
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron schedule --pp 4 --micro-batches 8",
+        "cupytron schedule --schedule zb-v --times 1,1.2,0.8 --svg chart.svg",
+    ],
+)
+@option(
+    "--schedule",
+    "name",
+    type=click.Choice(NAMES),
+    default="1f1b",
+    show_default=True,
+    help="Its name.",
+)
+@option(
     "--pipeline-parallel-size",
     "--pp",
     "stages",
@@ -39,23 +53,23 @@ def _parse_times(ctx: click.Context, param: click.Parameter, value: str) -> Time
     default=4,
     show_default=True,
     metavar="N",
-    help="Stages.",
+    help="Stages of the pipeline.",
 )
-@click.option(
+@option(
     "--micro-batches",
     type=click.IntRange(1, 4096),
     default=8,
     show_default=True,
     metavar="N",
-    help="Of a step.",
+    help="Micro-batches of a step.",
 )
-@click.option(
+@option(
     "--chunks",
     type=click.IntRange(1, 64),
     metavar="N",
     help="Parts of the model on each stage, for interleaved  [default: 2]",
 )
-@click.option(
+@option(
     "--times",
     callback=_parse_times,
     default="1,1,1",
@@ -63,7 +77,7 @@ def _parse_times(ctx: click.Context, param: click.Parameter, value: str) -> Time
     metavar="F,B,W",
     help="Of a stage for one micro-batch: forward, gradients of activations, of weights.",
 )
-@click.option(
+@option(
     "--svg",
     "picture",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -2,25 +2,50 @@
 
 import click
 
+from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import Settings, prepare_process, set_timeout, settings_options
 
 
-@click.command()
-@click.option("--out", required=True, metavar="RUN", help="The run's folder.")
-@click.option(
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron train --preset demo --data DIR --out runs/new",
+        "cupytron train --out runs/new --max-steps 1600                # goes on where it stopped",
+        "cupytron train --data DIR --init-from runs/new --out runs/fine-tuned",
+        "mpirun -n 4 cupytron train --preset demo --data DIR --out runs/mesh --tp 2 --zero 1",
+        "cupytron train --config settings.toml --set optim.schedule=constant --out runs/new",
+    ],
+)
+@option(
+    "--out",
+    required=True,
+    type=Folder(),
+    metavar="RUN",
+    heading="Run",
+    help="The run's folder; a run that stands there goes on.",
+)
+@option(
     "--resume",
+    heading="Run",
     type=click.Choice(["auto", "never"]),
     default="auto",
     show_default=True,
     help="auto: go on from the newest whole checkpoint in RUN; never: refuse a RUN that has one.",
 )
-@click.option("--init-from", metavar="RUN", help="Start from another run's weights (fine-tuning).")
-@click.option(
+@option(
+    "--init-from",
+    type=Folder(),
+    metavar="RUN",
+    heading="Run",
+    help="Start from another run's weights (fine-tuning).",
+)
+@option(
     "--trace",
+    heading="Run",
     metavar="FIRST:LAST",
     help="Steps FIRST to LAST - 1 as a Chrome trace, RUN/trace.json.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing.")
+@option("--quiet", is_flag=True, heading="Run", help="Print nothing.")
 @settings_options
 def command(
     settings: Settings,

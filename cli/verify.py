@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cupytron.cli.help import Command, option
 from cupytron.cli.options import (
     Settings,
     parse_settings,
@@ -27,14 +28,46 @@ SMALL = [
     "train.micro_batch=2",
     "optim.warmup_steps=0",
 ]
+# what tells these lines from training
+UNUSED = {
+    "data.path": "it takes random tokens; --set model.vocab_size=N says how many there are",
+    "train.max_steps": "give --steps",
+    "train.eval_interval": "it evaluates nothing",
+    "train.check_replicas": "replicas are compared after each step",
+}
 SHOWN = 8  # lines of the table
 
 
-@click.command()
-@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, metavar="N")
-@click.option("--sweep", metavar="FILE", help="Many cases: the flags of one a line, # comments.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object for each case.")
-@settings_options
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron verify --tp 2 --dp 2 --zero 3 --sp       # ranks are threads",
+        "mpirun -n 4 cupytron verify --tp 2 --zero 1       # ranks are processes",
+        "cupytron verify --preset demo --pp 2 --schedule zb-h1 --steps 1",
+    ],
+)
+@option(
+    "--steps",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    heading="Comparison",
+    help="Steps that both train, and that are compared.",
+)
+@option(
+    "--sweep",
+    metavar="FILE",
+    heading="Comparison",
+    help="Many cases: the flags of one a line, # comments.",
+)
+@option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    heading="Comparison",
+    help="Print an object for each case.",
+)
+@settings_options(unused=UNUSED, defaults=False)
 def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) -> int:
     """Train on one process and on a mesh, and compare loss, gradients and weights after each step.
 
@@ -44,7 +77,7 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     """
     cases = [(" ".join(settings.overrides), settings)]
     if sweep:
-        cases = [(line, parse_settings(line, settings)) for line in _lines(Path(sweep))]
+        cases = [(line, parse_settings(line, settings, UNUSED)) for line in _lines(Path(sweep))]
     configs = [(name, _config(case, name if sweep else None)) for name, case in cases]
     set_timeout(configs[0][1].parallel.timeout)
     prepare_process(configs[0][1])

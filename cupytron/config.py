@@ -248,9 +248,10 @@ class ParallelConfig(_Settings):
     blas_kernel: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = Field(
         default="auto", description="OpenBLAS kernel: auto measures, off leaves it, or a name"
     )
-    malloc: bool = Field(default=True, description="glibc: keep freed pages for the next step")
+    malloc: bool = Field(default=True, description="keep freed pages for the next step (glibc)")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="cpu, cuda, or auto: cuda where a GPU and CuPy are there"
+        default="auto",
+        description="where layers run; auto: cuda if a GPU and CuPy are there, else cpu",
     )
     comm: Literal["auto", "nccl", "mpi", "mpi-staged"] = Field(
         default="auto",
@@ -261,7 +262,7 @@ class ParallelConfig(_Settings):
         default=True, description="GPU: record a step as CUDA graphs, and replay them"
     )
     autotune: Literal["on", "off"] = Field(
-        default="on", description="on: the fastest of several kernels by measurement; off: defaults"
+        default="on", description="choice of kernels: on, the fastest by measurement; off, defaults"
     )
 
     @property

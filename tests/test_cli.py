@@ -77,8 +77,7 @@ def test_errors_are_one_line_with_a_way_out(tmp_path, run, arguments, code, word
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
-    if not done.stderr.startswith("Usage"):
-        assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
