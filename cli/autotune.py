@@ -15,6 +15,7 @@ from cupytron.cli.options import (
     set_timeout,
     settings_options,
 )
+from cupytron.cli.say import say
 
 if TYPE_CHECKING:
     from cupytron.kernels.autotune import RuntimeAutoTuner
@@ -66,11 +67,11 @@ def command(settings: Settings, out: Path | None) -> None:
     if world.rank:
         return
     for line in _page(tuner):
-        click.echo(line)
-    click.echo(f"kept in {tuner.save()}")
+        say(line)
+    say(f"kept in {tuner.save()}")
     if out:
         tuner.save(out)
-        click.echo(f"and in {out}")
+        say(f"and in {out}")
 
 
 def _page(tuner: "RuntimeAutoTuner") -> Iterator[str]:

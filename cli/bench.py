@@ -1,7 +1,5 @@
 """cupytron bench."""
 
-import json
-
 import click
 
 from cupytron.cli.flags import UNUSED_WITHOUT_TRAINING
@@ -13,6 +11,7 @@ from cupytron.cli.options import (
     set_timeout,
     settings_options,
 )
+from cupytron.cli.say import say, say_json
 
 
 @click.command(
@@ -62,9 +61,9 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
     if world.rank:
         return
     if as_json:
-        click.echo(json.dumps(result))
+        say_json(result)
         return
-    click.echo(
+    say(
         f"{result['ms_per_step']:.2f} ms a step  {result['tokens_per_second']:,.0f} tokens/s  "
         f"{result['gflops_per_second']:,.0f} ({result['gflops_per_second_causal']:,.0f} causal) "
         f"GFLOP/s{mfu_text(result)}  {result['peak_memory_bytes'] / 2**20:,.0f} MB  "

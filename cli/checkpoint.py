@@ -1,10 +1,9 @@
 """cupytron checkpoint ls|verify|digest."""
 
-import json
-
 import click
 
 from cupytron.cli.help import Folder, Group, option
+from cupytron.cli.say import say, say_json
 
 
 @click.group(cls=Group)
@@ -22,16 +21,16 @@ def ls(run: str) -> None:
 
     seen = dict(RunFolder(run).require().survey(lambda found: found))
     if not seen:
-        click.echo("no checkpoint yet")
+        say("no checkpoint yet")
     best = by_loss(found for found in seen.values() if not isinstance(found, CheckpointError))[:1]
     for step, found in seen.items():
         if isinstance(found, CheckpointError):
-            click.echo(f"{step:>8}  {_state(found)}")
+            say(f"{step:>8}  {_state(found)}")
             continue
         size = sum(size for size, _ in found.files.values()) / 1e6
         loss = found.about.get("val_loss")
         note = f"  validation loss {loss:.4f}" if loss is not None else ""
-        click.echo(f"{step:>8}  {size:,.1f} MB{note}{'  best' if found in best else ''}")
+        say(f"{step:>8}  {size:,.1f} MB{note}{'  best' if found in best else ''}")
 
 
 @command.command(examples=["cupytron checkpoint verify runs/demo"])
@@ -45,7 +44,7 @@ def verify(run: str) -> int:
     for step, result in RunFolder(run).require().survey(lambda found: found.verify()):
         seen += 1
         failed += result is not None
-        click.echo(f"{step:>8}  {'whole' if result is None else _state(result)}")
+        say(f"{step:>8}  {'whole' if result is None else _state(result)}")
     if not seen:
         raise CheckpointError(f"{run}: no checkpoint yet")
     return 1 if failed else 0
@@ -77,11 +76,11 @@ def digest(run: str, checkpoint: str, as_json: bool) -> None:
     """SHA-256 of each logical tensor, and one for all of them."""
     from cupytron.run_folder import RunFolder
 
-    warn = lambda text: click.echo(f"warning: {text}", err=True)  # noqa: E731
+    warn = lambda text: say(f"warning: {text}", err=True)  # noqa: E731
     folder = RunFolder(run).require()
     digests = folder.reading(checkpoint, warn, lambda found: found.digest())
     if as_json:
-        click.echo(json.dumps(digests))
+        say_json(digests)
         return
     for name, value in digests.items():
-        click.echo(f"{value}  {name}")
+        say(f"{value}  {name}")

@@ -1,12 +1,12 @@
 """`cupytron config`: show and check settings."""
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from cupytron.cli.help import Group, PresetOption, option
 from cupytron.cli.options import Settings, settings_options
+from cupytron.cli.say import say, say_json, say_page
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
@@ -40,16 +40,15 @@ def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
     Defaults come first, then --preset, --config, --set and the named flags; the later one wins.
     """
     if presets:
-        click.echo(_list_presets())
+        say_page(_list_presets())
     elif keys:
-        click.echo(_list_keys())
+        say_page(_list_keys())
     else:
         config = resolve(settings.load())
-        click.echo(
-            json.dumps(config.model_dump(), indent=2) if as_json else _page(config), nl=False
-        )
         if as_json:
-            click.echo()
+            say_json(config.model_dump(), indent=2)
+        else:
+            say_page(_page(config).removesuffix("\n"))
 
 
 @command.command(
@@ -74,9 +73,9 @@ def validate(ctx: click.Context, files: tuple[str, ...], preset: str | None) -> 
             failed = True
             for line in str(error).splitlines():
                 # an error in reading names the file itself
-                click.echo(line if line.startswith(f"{file}: ") else f"{file}: {line}", err=True)
+                say(line if line.startswith(f"{file}: ") else f"{file}: {line}", err=True)
         else:
-            click.echo(f"{file}: ok")
+            say(f"{file}: ok")
     ctx.exit(2 if failed else 0)
 
 

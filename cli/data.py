@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cupytron.cli.help import Folder, Group, option
+from cupytron.cli.say import say, say_json, say_page
 
 
 @click.group(cls=Group)
@@ -111,20 +112,20 @@ def prepare(
             bin_dtype=bin_dtype,
             overwrite=overwrite,
             separator=separator,
-            report=lambda step: click.echo(f"{step} ...", err=True),
+            report=lambda step: say(f"{step} ...", err=True),
         )
     except Stopped as stopped:
-        click.echo(
+        say(
             f"error: stopped by {stopped.name}; nothing half-made is left: {out} is as it was before, or "
             "the new data set",
             err=True,
         )
         raise click.exceptions.Exit(int(str(stopped.code))) from None
     for note in result.notes:
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     train, val = result.train, result.val
     kind = train.tokenizer or "no tokenizer"
-    click.echo(
+    say(
         f"{out}: {train.tokens:,} training and {val.tokens:,} validation tokens, "
         f"vocabulary of {train.vocab_size:,} ({kind})"
     )
@@ -135,17 +136,22 @@ def prepare(
 @option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(folder: str, as_json: bool) -> None:
     """Check a data set and say what it holds."""
-    import json
-
     from cupytron.data import describe_dataset
 
     facts = describe_dataset(folder)
-    click.echo(json.dumps(facts, indent=2) if as_json else _format(facts))
+    if as_json:
+        say_json(facts, indent=2)
+        return
+    for name, value in _rows(facts).items():
+        say(f"{name:<12}{value}")
+    if facts["excerpt"] is not None:
+        say("excerpt")
+        say_page("\n".join(f"  {line}" for line in facts["excerpt"].split("\n")))
 
 
-def _format(facts: dict[str, Any]) -> str:
+def _rows(facts: dict[str, Any]) -> dict[str, str]:
     tokenizer = facts["tokenizer"]
-    rows = {
+    return {
         "path": facts["path"],
         "sources": ", ".join(facts["sources"]),
         "train": _format_split(facts["train"]),
@@ -155,10 +161,6 @@ def _format(facts: dict[str, Any]) -> str:
         "tokenizer": f"{tokenizer} ({facts['tokenizer_hash'][:16]})" if tokenizer else "none",
         "SHA-256": facts["sha256"],
     }
-    lines = [f"{name:<12}{value}" for name, value in rows.items()]
-    if facts["excerpt"] is not None:
-        lines += ["excerpt", *(f"  {line}" for line in _printable(facts["excerpt"]).splitlines())]
-    return "\n".join(lines)
 
 
 def _format_split(split: dict[str, Any]) -> str:
@@ -168,8 +170,3 @@ def _format_split(split: dict[str, Any]) -> str:
     return (
         f"{text}, {split['bytes']:,} bytes of text, {split['bytes_per_token']:.2f} bytes per token"
     )
-
-
-def _printable(text: str) -> str:
-    # a text may hold the codes that move a terminal's cursor or change its title
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

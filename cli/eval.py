@@ -1,11 +1,10 @@
 """cupytron eval."""
 
-import json
-
 import click
 
 from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
+from cupytron.cli.say import say, say_json
 
 
 @click.command(
@@ -39,10 +38,10 @@ def command(
     if not first:
         return
     if as_json:
-        click.echo(json.dumps(result))
+        say_json(result)
         return
     bits = result["bits_per_byte"]
-    click.echo(
+    say(
         f"step {result['step']}  validation loss {result['val_loss']:.4f}  "
         f"perplexity {result['perplexity']:.3f}  "
         f"bits per byte {'unknown' if bits is None else f'{bits:.4f}'}  "

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cupytron.cli.say import say_page
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -119,7 +121,7 @@ class Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
             # some versions of click raise this help as an error
-            click.echo(ctx.get_help(), err=True)
+            say_page(ctx.get_help(), err=True)
             ctx.exit(2)
         return super().parse_args(ctx, args)
 

@@ -15,7 +15,9 @@ import traceback
 import click
 
 from cupytron.cli.help import Group, usage_message
+from cupytron.cli.say import say_page
 from cupytron.launcher import end_mpi, launched_rank, launched_tasks
+from cupytron.printable import printable
 
 # name: (module in cupytron.cli, the line that --help shows)
 COMMANDS = {
@@ -131,8 +133,8 @@ def _run(arguments: list[str]) -> int:
         if not _is_for_users(error):
             raise
         if "debug" in noted:
-            traceback.print_exc()
-        click.echo(f"error: {_message(error)}", err=True)
+            say_page(traceback.format_exc().rstrip("\n"), err=True)
+        say_page(f"error: {_message(error)}", err=True)
         return _exit_code(error)
 
 
@@ -201,6 +203,13 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _message(error: BaseException) -> str:
+    """What a user is told of an error, on one line; of wrong settings, a line for each."""
+    from cupytron.errors import ConfigError
+
+    return printable(_words(error), keep="\n" if isinstance(error, ConfigError) else "")
+
+
+def _words(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return usage_message(error)
     if isinstance(error, KeyboardInterrupt | click.Abort):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import click
 
 from cupytron.cli.flags import FLAGS, HEADINGS, SHOWN, SWITCHES
 from cupytron.cli.help import Folder, PresetOption, SettingOption, option, usage_message
+from cupytron.cli.say import say
 
 if TYPE_CHECKING:
     from cupytron.config import ParallelConfig, RunConfig
@@ -270,7 +270,7 @@ def trained_model(
 
     def warn(text: str) -> None:
         if first:
-            click.echo(f"warning: {text}", err=True)
+            say(f"warning: {text}", err=True)
 
     with watched(world, timeout):
         mesh = ParallelConfig.model_validate({"tp": tp, "pp": pp, "device": device})
@@ -382,5 +382,9 @@ def _name(key: str) -> str:
 def _spell(key: str, value: str | bool) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if key != "data.path":
+        return value
+    from cupytron.config_io import toml_value
+
     # quoted, so that a folder called 2024 or none is a folder
-    return json.dumps(value, ensure_ascii=False) if key == "data.path" else value
+    return toml_value(value)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from cupytron.cli.help import Command, Folder, option
+from cupytron.cli.say import say, say_page
 
 
 @click.command(
@@ -40,12 +41,12 @@ def command(run: str, out: Path | None, png: Path | None, text: bool, sample: bo
     from cupytron.run_folder import RunFolder
 
     if text:
-        click.echo(report.loss_curve_text(RunFolder(run).require().read_metrics()))
+        say_page(report.loss_curve_text(RunFolder(run).require().read_metrics()))
     out = out or Path(run) / "report.html"
     RunFolder(run).check_foreign(out)
     found = report.read_report(run, sample)
     report.write_html(found, out)
-    click.echo(f"written: {out}")
+    say(f"written: {out}")
     if png is not None:
         report.write_png(found, png)
-        click.echo(f"written: {png}")
+        say(f"written: {png}")

@@ -1,12 +1,12 @@
 """cupytron sample."""
 
-import sys
 from typing import Any
 
 import click
 
 from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
+from cupytron.cli.say import pass_on
 from cupytron.launcher import launched_tasks
 
 
@@ -89,7 +89,7 @@ def command(
 
         def tell(text: str) -> None:
             if first:
-                write(text)
+                pass_on(text)
 
         for sample in range(num_samples):
             if num_samples > 1:
@@ -98,10 +98,3 @@ def command(
                 note(model.step, "writing")
                 tell(text)
             tell("\n")
-
-
-def write(text: str) -> None:
-    """Show text as it comes; on a terminal without control codes, which a model may have learnt."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        text = "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
-    click.echo(text, nl=False)

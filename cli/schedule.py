@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cupytron.cli.help import Command, option
+from cupytron.cli.say import say, say_page
 from cupytron.parallel.schedules import NAMES  # imports no NumPy
 
 if TYPE_CHECKING:
@@ -112,12 +113,12 @@ def command(
     if picture is not None:
         title = f"{name}: {stages} stages, {micro_batches} micro-batches"
         picture.write_text(gantt.svg(timeline, title), encoding="ascii")
-    click.echo(gantt.text(timeline))
-    click.echo()
+    say_page(gantt.text(timeline))
+    say()
     _show_kept(schedule)
     _show_bubble(schedule, timeline, times)
     if picture is not None:
-        click.echo(f"written: {picture}")
+        say(f"written: {picture}")
 
 
 def _show_kept(schedule: "Schedule") -> None:
@@ -132,7 +133,7 @@ def _show_kept(schedule: "Schedule") -> None:
         nothing, share = [0.0] * chunks, [1 / chunks] * chunks
         table["and awaiting W"] = [checker.peak(a, nothing, share) for a in schedule.actions]
     for word, values in table.items():
-        click.echo(f"{word:<27}" + "".join(f"{value:>6.4g}" for value in values))
+        say(f"{word:<27}" + "".join(f"{value:>6.4g}" for value in values))
 
 
 def _show_bubble(schedule: "Schedule", timeline: "Timeline", times: Times) -> None:
@@ -145,9 +146,9 @@ def _show_bubble(schedule: "Schedule", timeline: "Timeline", times: Times) -> No
         idle, says = papers, f"as the paper's formula {formula} says"
     else:
         says = f"not {papers:.6g} as by the paper's formula {formula}, which needs {condition}"
-    click.echo(f"{'time':<27}{timeline.total:>6.6g}")
-    click.echo(f"{'of it idle on each stage':<27}{idle:>6.6g}  ({says})")
-    click.echo(f"{'bubble':<27}{idle / timeline.total:>6.1%}")
+    say(f"{'time':<27}{timeline.total:>6.6g}")
+    say(f"{'of it idle on each stage':<27}{idle:>6.6g}  ({says})")
+    say(f"{'bubble':<27}{idle / timeline.total:>6.1%}")
 
 
 def _papers_bubble(schedule: "Schedule", f: float, b: float, w: float) -> tuple[str, float, str]:

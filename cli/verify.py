@@ -1,6 +1,5 @@
 """cupytron verify."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from cupytron.cli.options import (
     set_timeout,
     settings_options,
 )
+from cupytron.cli.say import say, say_json
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
@@ -96,17 +96,17 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
         failed += not report.ok
         if world.rank == 0:
             if as_json:
-                click.echo(json.dumps({"case": name, **_object(report)}))
+                say_json({"case": name, **_object(report)})
             elif sweep:
                 worst = report.differences[0]
-                click.echo(
+                say(
                     f"{number}/{len(configs)} {'ok' if report.ok else 'FAILED'} {worst.error:.1e} "
                     f"({worst.what} {worst.tensor})  {name}"
                 )
             else:
                 _show(config, report)
     if world.rank == 0 and sweep and not as_json:
-        click.echo(f"{len(configs) - failed} of {len(configs)} cases hold")
+        say(f"{len(configs) - failed} of {len(configs)} cases hold")
     return 1 if failed else 0
 
 
@@ -175,28 +175,26 @@ def _show(config: "RunConfig", report: Any) -> None:
     from cupytron.gpu import uses_gpu
 
     parallel = config.parallel
-    click.echo(
+    say(
         f"one process and tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp}"
         f"{f' ({parallel.schedule})' if parallel.parts > 1 else ''}, ZeRO {parallel.zero}"
         f"{', sequence parallel' if parallel.sp else ''}, {config.train.dtype}: largest errors, "
         "max|a - b| / max|b| of a tensor"
     )
     if uses_gpu(parallel.device):
-        click.echo(
+        say(
             "  on a GPU, with cupytron's own attention: cuDNN's has 16 bits only, and other dropout masks"
         )
     for difference in report.differences[:SHOWN]:
         what = "" if difference.what == "loss" else f"{difference.what} of "
-        click.echo(f"  {difference.error:8.1e}  step {difference.step}  {what}{difference.tensor}")
+        say(f"  {difference.error:8.1e}  step {difference.step}  {what}{difference.tensor}")
     if len(report.differences) > SHOWN:
-        click.echo(f"  and {len(report.differences) - SHOWN} smaller ones")
+        say(f"  and {len(report.differences) - SHOWN} smaller ones")
     if report.gradient_error is not None:
-        click.echo(
-            f"one process's gradient against finite differences: {report.gradient_error:.1e}"
-        )
+        say(f"one process's gradient against finite differences: {report.gradient_error:.1e}")
     if not report.replicas_equal:
-        click.echo("replicas differ in weights or optimizer state")
+        say("replicas differ in weights or optimizer state")
     if not report.groups_right:
-        click.echo("the groups of the mesh hold other ranks than they should")
+        say("the groups of the mesh hold other ranks than they should")
     limit = f"{report.tolerance:.0e}" if report.tolerance else "0: bit for bit"
-    click.echo(f"{'the same numbers' if report.ok else 'NOT the same numbers'} (tolerance {limit})")
+    say(f"{'the same numbers' if report.ok else 'NOT the same numbers'} (tolerance {limit})")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cupytron.errors import ConfigError
+from cupytron.printable import UNPRINTABLE
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BYTES = 1 << 20  # settings are a page; more than this is the wrong file
@@ -95,8 +96,9 @@ def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's too; TOML wants DEL escaped besides
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # JSON's escapes are TOML's too; the others are those that no terminal should get
+        text = json.dumps(value, ensure_ascii=False)
+        return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     return repr(value) if isinstance(value, float) else str(value)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from cupytron import progress
 from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
+from cupytron.printable import printable
 
 PATIENCE = 5  # seconds that MPI has to end the job; then this process ends by a signal
 START = 30  # the same, where other ranks may still be loading modules, and have not begun with MPI
@@ -64,7 +65,7 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         text = "".join(traceback.format_exception(error)) + text
     with contextlib.suppress(Exception):
         # one write: launchers mix the lines of ranks
-        sys.stderr.write(text)
+        sys.stderr.write(printable(text, keep="\n\t"))
     abort(code, START)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cupytron.backend import CPU, Device
 from cupytron.comm import ParallelContext
 from cupytron.config import ModelConfig, RunConfig, flops_per_token
+from cupytron.printable import printable
 
 # TFLOP/s of products without sparsity, from NVIDIA's data sheets: of 16-bit numbers with float32 sums, of
 # TF32, of float32. The first line counts whose words are all in the card's name.
@@ -253,9 +254,10 @@ class Progress:
         return f"{hours}:{minutes:02d}:{int(seconds):02d}"
 
     def line(self, text: str) -> None:
-        """Show a line that stays."""
+        """Show a line that stays; control characters in it are shown as escapes."""
         if self._quiet:
             return
+        text = printable(text)
         try:
             if self._live:
                 self._console.print(text, markup=False, soft_wrap=True)

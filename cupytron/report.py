@@ -13,6 +13,7 @@ from typing import Any
 from cupytron import chart, report_page
 from cupytron.chart import Point
 from cupytron.errors import CupytronError
+from cupytron.printable import printable
 from cupytron.run_folder import RunFolder
 
 Record = Mapping[str, Any]
@@ -259,7 +260,9 @@ def write_png(report: Report, out: str | Path) -> None:
         )
     if val:
         axes.plot(*zip(*val, strict=True), color="#b8500f", label="validation", marker=".")
-    axes.set(xlabel="step", ylabel="loss", title=report.title)
+    axes.set(xlabel="step", ylabel="loss")
+    # a folder may be called $a$, which is no formula
+    axes.set_title(printable(report.title), parse_math=False)
     axes.set_ylim(*chart.bounds([y for _, y in (*loss, *val)]))
     axes.grid(alpha=0.3)
     axes.legend()

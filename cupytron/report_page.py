@@ -1,8 +1,9 @@
 """The HTML of a report: one page, no scripts, nothing fetched."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+
+from cupytron.printable import printable
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -58,13 +59,10 @@ th { color: var(--soft); padding-right: 1rem; }
 td { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 """
 
-# not allowed in HTML, not even as character references
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-
 
 def text(value: str) -> str:
-    """Any text as HTML."""
-    return escape(_CONTROL.sub("\ufffd", value))
+    """Any text as HTML; control characters, which HTML does not allow, are shown as escapes."""
+    return escape(printable(value, keep="\n\t"))
 
 
 def page(

@@ -16,6 +16,7 @@ from typing import Any
 
 from cupytron import progress
 from cupytron.failing import abort
+from cupytron.printable import printable
 from cupytron.signs import Address, Sign, Signs
 
 STUCK = 66  # exit code: no progress for too long
@@ -153,10 +154,11 @@ class Watchdog:
 
     def _bite(self, stuck: str) -> None:
         with contextlib.suppress(Exception):
-            sys.stderr.write(
+            line = (
                 f"error: rank {self.rank}: {stuck}; if it was only slow, give a longer --timeout "
-                f"(parallel.timeout={self.timeout:g}); the stacks of this rank's threads follow\n"
+                f"(parallel.timeout={self.timeout:g}); the stacks of this rank's threads follow"
             )
+            sys.stderr.write(printable(line) + "\n")
             sys.stderr.flush()
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         abort(STUCK)
