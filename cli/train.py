@@ -58,17 +58,22 @@ def command(
     """Train a model, or resume a run: in one process, or in many (mpirun -n 8 cupytron train ...).
 
     Ctrl-C, SIGTERM or SIGUSR1 once: finish the step, save, stop. The same command goes on from there.
+    A second Ctrl-C or SIGTERM, 5 seconds or more after the first: stop at once, without a save.
     Without --preset and --config a run that is resumed keeps its own settings.
     """
-    from cupytron.trace import parse_range
+    from cupytron.signals import listening
 
-    steps = parse_range(trace) if trace is not None else None
-    config = settings.load(run=out, mesh=True)
-    set_timeout(config.parallel.timeout)
-    environment = prepare_process(config)
+    # before anything heavy is imported, so that a signal in the first seconds is not lost
+    with listening(speaks=not quiet):
+        from cupytron.trace import parse_range
 
-    from cupytron.comm import open_world
-    from cupytron.run import train
+        steps = parse_range(trace) if trace is not None else None
+        config = settings.load(run=out, mesh=True)
+        set_timeout(config.parallel.timeout)
+        environment = prepare_process(config)
 
-    world = open_world()
-    return train(config, out, environment, resume, init_from, quiet, world, steps).exit_code
+        from cupytron.comm import open_world
+        from cupytron.run import train
+
+        world = open_world()
+        return train(config, out, environment, resume, init_from, quiet, world, steps).exit_code

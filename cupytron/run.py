@@ -288,6 +288,7 @@ class _Run:
         # finiteness is checked at every step; NumPy's own warnings would only come before the error
         quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
         stop = self.stop
+        stop.steps_begin()
         with quiet:
             try:
                 # at the start, and where a signal cut an evaluation short

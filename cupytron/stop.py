@@ -1,49 +1,55 @@
-"""Stopping a run from outside: a signal sets a flag, and the run ends after its step, saved."""
+"""Stopping a run from outside: all ranks learn of a signal, and the run ends after its step, saved."""
 
 import signal
-import time
-from types import FrameType
-from typing import Any
 
 import numpy as np
 
+from cupytron import signals
 from cupytron.comm import Communicator
-from cupytron.launcher import launched_tasks
+from cupytron.signals import SIGNALS, Signals
 
 # exit code: stopped by SIGTERM, SIGUSR1 or SIGHUP, saved, start me again (EX_TEMPFAIL)
 REQUEUE = 75
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_AGAIN = 1.0  # seconds; under a launcher, the terminal and the launcher may both send one Ctrl-C
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop. A second Ctrl-C does not wait.
+    """Whether a signal has asked the run to stop.
+
+    A command listens from its first moment on; a script listens in this context.
+
+    Args:
+        speaks: whether to answer signals, where no command listens yet.
 
     Attributes:
-        received: the last signal that has come to this process, at any moment.
         signal: the one that all ranks know of, and stop for: set by `agree`.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    def __init__(self, speaks: bool = True) -> None:
         self.signal: int | None = None
-        self._since = 0.0
-        self._launched = launched_tasks() > 1
-        self._before: dict[int, Any] = {}
+        self._command = signals.here()
+        self._signals = self._command or Signals(speaks)
 
     def __enter__(self) -> "StopRequest":
-        try:
-            for number in SIGNALS:
-                if signal.getsignal(number) == signal.SIG_IGN:
-                    continue  # nohup, or a script's background job: that was meant
-                self._before[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass  # not the main thread (a notebook's worker): signals stay as they are
+        if self._command is None:
+            self._signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._command is None:
+            self._signals.__exit__()
+
+    @property
+    def received(self) -> int | None:
+        """The last signal that has come to this process, at any moment."""
+        return self._signals.received
+
+    @received.setter
+    def received(self, number: int | None) -> None:
+        self._signals.received = number
+
+    def steps_begin(self) -> None:
+        """From now on a signal is answered with the words that the run stops after its step."""
+        self._signals.when = "after this step"
 
     def agree(self, comm: Communicator) -> bool:
         """Whether to stop: all ranks learn of a signal that any of them has received. Collective."""
@@ -55,14 +61,6 @@ class StopRequest:
         numbers = [number for number, count in zip(SIGNALS, came, strict=True) if count]
         self.signal = max([*numbers, *([] if self.signal is None else [self.signal])], default=None)
         return self.signal is not None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self._since = now
-        elif number == signal.SIGINT and not (self._launched and now - self._since < _AGAIN):
-            raise KeyboardInterrupt
-        self.received = number
 
     @property
     def exit_code(self) -> int:

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from launchers import NAMES, launch
 from runs import command, make_data
@@ -166,23 +165,6 @@ class TestStopping:
         stop.received = signal.SIGINT
         assert stop.agree(comm) and stop.exit_code == 130
         assert not comm.calls
-
-    @pytest.mark.parametrize(("tasks", "pause", "raises"), [(1, 0, 1), (2, 0, 0), (2, 1.2, 1)])
-    def test_a_second_interrupt_does_not_wait(self, monkeypatch, tasks, pause, raises):
-        """Under a launcher it may be the first one again: from the terminal and from the launcher."""
-        monkeypatch.setenv("PMI_SIZE", str(tasks))
-        now = [100.0]
-        monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        stop, raised = StopRequest(), 0
-        with stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            now[0] += pause
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                np.zeros(1).sum()
-            except KeyboardInterrupt:
-                raised = 1
-        assert (raised, stop.received) == (raises, signal.SIGINT)
 
 
 def test_the_watchdog_guards_verify_too(tmp_path):

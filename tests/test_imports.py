@@ -27,6 +27,7 @@ LAYERS = [
         "manifest",
         "versions",
         "sealed",
+        "signals",
         "signs",
         "watchdog",
     },
