@@ -25,7 +25,8 @@ cat <<END
 The run is in $run (rm -r $run to train it again). Worth trying next:
 
   $cupytron sample $run --prompt 'import ' --num-samples 3
-  $cupytron train --out $run --max-steps 1600     # goes on where it stopped, now in one process
+  $cupytron train --out $run --max-steps 1600 --set optim.decay_steps=800
+      # goes on where it stopped, now in one process, at the learning rate that it ended with
   $cupytron verify --tp 2 --dp 2 --zero 3 --sp    # the same numbers on any mesh?
   $cupytron train --preset demo --set model.family=llama --data $data --out $RUNS/demo-llama
 END

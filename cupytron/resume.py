@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cupytron import process
 from cupytron.checkpoint import Checkpoint
 from cupytron.config import ModelConfig, RunConfig
 from cupytron.config_io import read_toml, show_value
+from cupytron.course import portions_changed, schedule_changed
 from cupytron.data import Dataset
 from cupytron.errors import ConfigError
 from cupytron.history import damage
@@ -61,6 +64,7 @@ def check_fits(
     lines = list(_data_changed(found, dataset))
     for line in _settings_changed(found.about["settings"], config.model_dump(mode="json")):
         lines.append(f"setting changed: {line}")
+    lines += _course_changed(found, config)
     for line in process.changes(found.about["environment"], environment):
         lines.append(f"environment changed, so the last bits may differ: {line}")
     return lines
@@ -92,6 +96,16 @@ def _data_changed(found: Checkpoint, dataset: Dataset) -> Iterator[str]:
             "the validation split has changed: validation losses before and from now on cannot be "
             "compared, so the best loss so far counts no more"
         )
+
+
+def _course_changed(found: Checkpoint, config: RunConfig) -> Iterator[str]:
+    """What changed settings do to the learning rate and the order of samples."""
+    try:
+        before = RunConfig.model_validate(found.about["settings"])
+    except ValidationError:
+        return  # of another version: each setting that differs is named in any case
+    yield from schedule_changed(before, config, found.step)
+    yield from portions_changed(before, config)
 
 
 def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

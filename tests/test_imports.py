@@ -53,6 +53,7 @@ LAYERS = [
         "tune",
         "run",
         "resume",
+        "course",
         "history",
         "mesh_run",
         "verify",

@@ -1,0 +1,154 @@
+"""Changed settings of a resumed run: what the learning rate does then is said, and how to keep it."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from runs import ENVIRONMENT, TINY, make_data, run_here
+
+from cupytron.config import load_config
+from cupytron.course import schedule_changed
+from cupytron.optim import learning_rate
+from cupytron.run import train
+from cupytron.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def settings(*changes, preset="demo"):
+    return load_config(preset, overrides=changes)
+
+
+def told(before, now, step):
+    return list(schedule_changed(settings(*before), settings(*now), step))
+
+
+def advised(line):
+    """The overrides that a line offers."""
+    return re.findall(r"--set (\S+)", line)
+
+
+def test_a_longer_run_says_that_its_cosine_is_stretched_and_what_keeps_it():
+    (line,) = told([], ["train.max_steps=1600"], 800)
+    assert line.startswith(
+        "the learning rate changes from 0.0002 to 0.00119 at step 801; it now falls to"
+    )
+    assert "at step 1600; the checkpoint's stays at 0.0002" in line
+    assert advised(line) == ["optim.decay_steps=800"]
+
+
+CASES = [
+    (["optim.schedule=linear"], ["optim.schedule=linear", "train.max_steps=1600"], 400),
+    (["optim.schedule=linear"], ["optim.schedule=linear", "train.max_steps=1600"], 800),
+    ([], ["optim.warmup_steps=500"], 400),
+    ([], ["optim.warmup_steps=0"], 40),
+    ([], ["optim.lr=1e-3"], 400),
+    ([], ["optim.schedule=constant"], 400),
+    ([], ["optim.schedule=wsd", "train.max_steps=1000"], 400),
+    ([], ["optim.min_lr=0.0", "train.max_steps=900"], 799),
+    (["optim.schedule=wsd"], ["optim.schedule=cosine"], 700),
+    (["train.max_steps=50"], ["train.max_steps=200"], 50),
+    (["optim.schedule=constant"], ["optim.schedule=cosine", "train.max_steps=900"], 300),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "step"), CASES)
+def test_what_is_offered_keeps_every_later_rate(before, now, step):
+    (line,) = told(before, now, step)
+    assert advised(line), line
+    old, kept = settings(*before), settings(*now, *advised(line))
+    for later in range(step, kept.train.max_steps):
+        assert learning_rate(kept, later) == pytest.approx(learning_rate(old, later)), later
+
+
+def test_a_finished_wsd_can_stay_at_its_last_rate():
+    wsd = ["optim.schedule=wsd"]
+    (line,) = told(wsd, [*wsd, "train.max_steps=1600"], 800)
+    assert "changes from 0.0002 to 0.002" in line
+    kept = settings(*wsd, "train.max_steps=1600", *advised(line))
+    rates = {learning_rate(kept, step) for step in range(800, 1600)}
+    assert len(rates) == 1 and rates.pop() == pytest.approx(2e-4)
+
+
+def test_a_wsd_that_has_not_begun_to_fall_goes_on():
+    wsd = ["optim.schedule=wsd"]
+    (line,) = told(wsd, [*wsd, "train.max_steps=1600"], 400)
+    assert line.startswith("the learning rate goes on at 0.002; it now falls from step 1280")
+    assert "--set" not in line
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "step"),
+    [
+        ([], [], 400),
+        ([], ["train.max_steps=1600", "optim.decay_steps=800"], 800),
+        ([], ["train.max_steps=600"], 800),  # no step is left
+        (["optim.schedule=constant"], ["optim.schedule=constant", "train.max_steps=1600"], 800),
+        (["train.max_steps=50"], ["train.max_steps=90"], 50),  # still in the warm-up
+        ([], ["optim.weight_decay=0.0"], 400),
+    ],
+)
+def test_nothing_is_said_of_a_schedule_that_goes_on_as_before(before, now, step):
+    assert told(before, now, step) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/demo.sh"])
+def test_the_commands_that_we_advise_keep_the_schedule(page):
+    """Those that make a run of the preset `demo` longer, one after the other."""
+    lines = re.findall(r"cupytron train --out \S+ --max-steps .*", (ROOT / page).read_text())
+    assert lines
+    begun, given = settings(), []
+    for line in lines:
+        steps = re.findall(r"--max-steps (\d+)", line)
+        given += [f"train.max_steps={steps[0]}", *advised(line)]
+        longer = settings(*given)
+        assert longer.train.max_steps > begun.train.max_steps
+        assert list(schedule_changed(begun, longer, begun.train.max_steps)) == []
+        begun = longer
+
+
+def test_a_schedule_of_any_length_is_compared_at_once():
+    long = ["train.max_steps=1000000000000"]
+    assert told(long, long, 10**11) == []
+    assert len(told(long, ["train.max_steps=900000000000"], 10**11)) == 1
+
+
+def resumed(data, out, capsys, *changes):
+    """What a run says when it goes on with these settings from step 12."""
+    run_here(data, out)
+    capsys.readouterr()
+    config = load_config(overrides=[*TINY, f'data.path="{data}"', "train.max_steps=14", *changes])
+    train(config, out, dict(ENVIRONMENT))
+    return capsys.readouterr().out
+
+
+def test_a_resumed_run_says_it_before_its_first_step_and_its_advice_works(data, tmp_path, capsys):
+    said = resumed(data, tmp_path / "run", capsys)
+    line = next(line for line in said.splitlines() if "learning rate" in line)
+    assert said.index(line) < said.index("step 13/14")
+    (advice,) = advised(line)
+    assert advice == "optim.decay_steps=12"
+    kept = resumed(data, tmp_path / "kept", capsys, advice)
+    assert "learning rate" not in kept
+    rates = [r["lr"] for r in RunFolder(tmp_path / "kept").read_metrics() if "lr" in r]
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:])), rates
+    assert rates[-2:] == [pytest.approx(1e-4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.global_batch=12", "a step now takes 192 tokens, and took 128: train.max_steps"),
+        ("train.seed=3", "another train.seed puts the samples in another order"),
+        ("train.sequence_length=8", "another train.sequence_length cuts the text in another way"),
+    ],
+)
+def test_what_other_portions_mean_is_said(data, tmp_path, capsys, change, words):
+    changes = [change, "optim.decay_steps=12", "model.context_length=16"]
+    assert words in resumed(data, tmp_path / "run", capsys, *changes)
