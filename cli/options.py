@@ -36,10 +36,13 @@ class Settings:
     file: str | None = None
     overrides: list[str] = field(default_factory=list)
 
-    def load(self, run: str | None = None, mesh: bool = False) -> "RunConfig":
+    def load(
+        self, run: str | None = None, mesh: bool = False, init_from: str | None = None
+    ) -> "RunConfig":
         """The settings.
 
         Args:
+            init_from: a run whose weights a new run starts from, and with them its model.
             mesh: whether the processes that a launcher started are to form their mesh.
             run: a run's folder; if it holds a checkpoint, and no preset and no file is given, the
                 settings that its newest checkpoint seals are the start.
@@ -54,12 +57,14 @@ class Settings:
         start: dict[str, Any] = {"file": self.file}
         if run and not self.preset and not self.file:
             start = _own_settings(Path(run))
+        if init_from and start == {"file": None}:
+            start = {"init_from": init_from}
         if not mesh:
             return load_config(self.preset, overrides=self.overrides, **start)
         from cupytron.launcher import launched_tasks
 
         ranks, moved = launched_tasks(), []
-        if start != {"file": self.file}:
+        if start not in ({"file": self.file}, {"init_from": init_from}):
             # a run goes on on any mesh: its old one gives way where it does not fit, unless asked for
             moved = _giving_way(load_config(check=False, **start).parallel, self.overrides, ranks)
         overrides = [*moved, *self.overrides]

@@ -37,7 +37,13 @@ from cupytron.cli.options import Settings, prepare_process, set_timeout, setting
     type=Folder(),
     metavar="RUN",
     heading="Run",
-    help="Start from another run's weights (fine-tuning).",
+    help="Start from another run's weights (fine-tuning); without --preset and --config with its model.",
+)
+@option(
+    "--init-checkpoint",
+    metavar="best|last|STEP",
+    heading="Run",
+    help="Which weights of --init-from.  [default: best, else last]",
 )
 @option(
     "--trace",
@@ -52,6 +58,7 @@ def command(
     out: str,
     resume: str,
     init_from: str | None,
+    init_checkpoint: str | None,
     trace: str | None,
     quiet: bool,
 ) -> int:
@@ -63,12 +70,16 @@ def command(
     """
     from cupytron.signals import listening
 
+    if init_checkpoint is not None and init_from is None:
+        raise click.UsageError(
+            f"--init-checkpoint {init_checkpoint}: of which run? give --init-from RUN with it"
+        )
     # before anything heavy is imported, so that a signal in the first seconds is not lost
     with listening(speaks=not quiet):
         from cupytron.trace import parse_range
 
         steps = parse_range(trace) if trace is not None else None
-        config = settings.load(run=out, mesh=True)
+        config = settings.load(run=out, mesh=True, init_from=init_from)
         set_timeout(config.parallel.timeout)
         environment = prepare_process(config)
 
@@ -76,4 +87,14 @@ def command(
         from cupytron.run import train
 
         world = open_world()
-        return train(config, out, environment, resume, init_from, quiet, world, steps).exit_code
+        return train(
+            config,
+            out,
+            environment,
+            resume,
+            init_from,
+            quiet,
+            world,
+            steps,
+            init_checkpoint="best" if init_checkpoint is None else init_checkpoint,
+        ).exit_code

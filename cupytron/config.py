@@ -16,6 +16,7 @@ from cupytron.config_checks import CHUNKS, Problem, check_mesh, check_model, che
 from cupytron.config_io import write_toml
 from cupytron.config_reader import Conflict, Reader
 from cupytron.errors import ConfigError
+from cupytron.inherited import inherited_settings
 
 # upper bounds catch slips (a missing dot, a size in bytes), not ambitions
 Layers = Annotated[int, Field(ge=1, le=10_000)]
@@ -356,6 +357,7 @@ def load_config(
     ranks: int | None = None,
     check: bool = True,
     start: Mapping[str, Any] | None = None,
+    init_from: str | Path | None = None,
 ) -> RunConfig:
     """The settings of a run: defaults < start < preset < file < overrides, and the later override wins.
 
@@ -366,11 +368,16 @@ def load_config(
         ranks: processes that the mesh must fit; None: not known yet.
         check: whether the model and the batch must fit the mesh.
         start: sections of settings, as a checkpoint seals them.
+        init_from: a run whose weights this one is to start from. Without a preset and a file, its model and
+            its train.sequence_length are the start.
 
     Raises:
         ConfigError: a line for everything that is wrong, each beginning with the key or the file.
+        CupytronError: init_from is no run with a checkpoint.
     """
-    reader = Reader(RunConfig)
+    reader, overrides = Reader(RunConfig), list(overrides)
+    if init_from is not None and preset is None and file is None:
+        start = inherited_settings(Path(init_from), overrides)
     if start is not None:
         reader.add_values(start)
     if preset is not None:

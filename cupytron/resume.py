@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from cupytron import process
 from cupytron.checkpoint import Checkpoint
+from cupytron.comm import Communicator
 from cupytron.config import ModelConfig, RunConfig
 from cupytron.config_io import read_toml, show_value
 from cupytron.course import portions_changed, schedule_changed
@@ -18,28 +19,81 @@ from cupytron.errors import ConfigError
 from cupytron.history import damage
 from cupytron.metrics import MetricsWriter
 from cupytron.run_folder import RunFolder
+from cupytron.together import together
 
 _MESH = ("tp", "pp", "dp", "zero")
 
 
 def check_model(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> None:
-    """Refuse weights that would mean something else here, whatever their shapes.
+    """Refuse to go on with weights that would mean something else here, whatever their shapes.
 
     Raises:
         ConfigError: saying what differs.
     """
+    check_tokenizer(found, dataset)
+    lines = "; ".join(
+        f"model.{key}: {there} there, {here} asked for"
+        for key, (there, here) in model_differences(found, model).items()
+    )
+    if lines:
+        raise ConfigError(
+            f"{found.folder} does not fit: {lines}; leave that out to go on with this run, or "
+            "choose another --out"
+        )
+
+
+def model_differences(found: Checkpoint, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings of the model that change what weights mean: the checkpoint's value and this one's."""
     before, now = found.about["model"], model.model_dump()
     # dropout and recompute change no tensor
     free = {"dropout", "recompute", "init_std", "family"}
-    pairs = [(f"model.{k}", before.get(k), now[k]) for k in now if k not in free]
-    lines = "; ".join(f"{k}: {a} there, {b} asked for" for k, a, b in pairs if a != b)
-    if lines:
-        raise ConfigError(f"{found.folder} does not fit: {lines}; choose another --out")
-    if found.about["data"]["tokenizer_hash"] != dataset.tokenizer_hash:
-        raise ConfigError(
-            f"{found.folder} was trained with another tokenizer than that of "
-            f"{dataset.path}; prepare the data with --tokenizer RUN/tokenizer.json"
-        )
+    pairs = {key: (before.get(key), value) for key, value in now.items() if key not in free}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_tokenizer(found: Checkpoint, dataset: Dataset) -> None:
+    """Refuse data whose token ids are not those that the weights know.
+
+    Raises:
+        ConfigError: the data were made with another tokenizer, or with more ids than the model has.
+    """
+    run = found.folder.parents[1]
+    known, ids = found.about["data"]["tokenizer_hash"], found.about["model"]["vocab_size"]
+    if known == dataset.tokenizer_hash and dataset.vocab_size <= ids:
+        return
+    sizes = f"model.vocab_size is {ids} there, and the data set has {dataset.vocab_size} token ids"
+    if known is None:
+        way_out = f"prepare token ids with --vocab-size {ids}, since that run has no tokenizer"
+    else:
+        way_out = f"prepare the data with --tokenizer {run / 'tokenizer.json'}"
+    raise ConfigError(
+        f"{found.folder} was trained with another tokenizer than that of {dataset.path} ({sizes}); "
+        f"{way_out}"
+    )
+
+
+def check_tokens(
+    folder: RunFolder, source: RunFolder | None, dataset: Dataset, world: Communicator
+) -> None:
+    """As check_tokenizer, before a model is made for the data: its size would be wrong, too. Collective.
+
+    Args:
+        folder: of the run, which may have checkpoints.
+        source: of the run whose weights a new run starts from; None: of none.
+
+    Raises:
+        ConfigError: the same on every rank.
+    """
+
+    def check() -> None:
+        begun = bool(folder.steps()) or folder.saved.exists()
+        run = folder if begun or source is None else source.require()
+        seen = (run.see(step) for step in reversed(run.steps()))
+        found = next((each for each in seen if isinstance(each, Checkpoint)), None)
+        if found is not None:
+            check_tokenizer(found, dataset)
+
+    together(world, check)
 
 
 def check_fits(

@@ -22,8 +22,9 @@ from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
 from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
 from cupytron.parallel.drift import ReplicasDiffer
-from cupytron.resume import check_fits, check_model, mesh_changed, prepare_folder
+from cupytron.resume import check_fits, check_tokens, mesh_changed, prepare_folder
 from cupytron.run_folder import RunFolder
+from cupytron.starting import Source
 from cupytron.stop import StopRequest
 from cupytron.together import together
 from cupytron.trace import Trace
@@ -48,6 +49,8 @@ def train(
     quiet: bool = False,
     world: Communicator | None = None,
     trace: tuple[int, int] | None = None,
+    *,
+    init_checkpoint: str | int = "best",
 ) -> Outcome:
     """Train until train.max_steps, from the newest whole checkpoint in `out` if there is one.
 
@@ -58,7 +61,8 @@ def train(
         out: the run's folder.
         environment: process.prepare's record.
         resume: "auto", or "never": refuse a folder that holds checkpoints.
-        init_from: a run whose best or last weights this one starts from.
+        init_from: a run whose weights this one starts from.
+        init_checkpoint: which of that run's: "best" (the last if none was evaluated), "last" or a step.
         quiet: print nothing.
         world: all ranks of the run; None: this process alone.
         trace: (first, last): write what happens in steps first <= step < last to trace.json in `out`.
@@ -73,9 +77,13 @@ def train(
         raise ConfigError("--init-from is empty; give a run's folder, or leave the option out")
     folder, world = RunFolder(out), world or SelfCommunicator()
     # first of all, as in every command: ranks may have been started with different ones
-    mesh_run.check_alike(world, out=str(out), resume=resume, init=str(init_from), trace=trace)
+    which = str(init_checkpoint)
+    mesh_run.check_alike(
+        world, out=str(out), resume=resume, init=str(init_from), init_checkpoint=which, trace=trace
+    )
+    source = None if init_from is None else Source(RunFolder(init_from), which)
     with mesh_run.watched(world, config.parallel.timeout):
-        return _train(config, folder, environment, resume, init_from, quiet, world, trace)
+        return _train(config, folder, environment, resume, source, quiet, world, trace)
 
 
 def _train(
@@ -83,7 +91,7 @@ def _train(
     folder: RunFolder,
     environment: dict[str, Any],
     resume: str,
-    init_from: str | Path | None,
+    source: Source | None,
     quiet: bool,
     world: Communicator,
     trace: tuple[int, int] | None,
@@ -99,6 +107,7 @@ def _train(
     context = mesh_run.open_mesh(config, world)
     together(world, lambda: folder.check_new(resume == "auto") if world.rank == 0 else None)
     dataset = mesh_run.open_data(config.data.path, world)
+    check_tokens(folder, source.folder if source else None, dataset, world)
     settings = resolve_run(config, dataset.vocab_size)
     # the path is kept absolute: the run may be resumed from another working folder
     data = settings.data.model_copy(update={"path": mesh_run.absolute(dataset.path)})
@@ -114,7 +123,7 @@ def _train(
         with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop:
             try:
                 with explained(run.config, run.trainer.model.config, context):
-                    run.start(init_from, resume == "auto")
+                    run.start(source, resume == "auto")
                     return run.loop()
             except BaseException as error:
                 error.add_note(run.where())
@@ -171,11 +180,11 @@ class _Run:
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
 
-    def start(self, init_from: str | Path | None, resume: bool) -> None:
+    def start(self, source: Source | None, resume: bool) -> None:
         """Build or restore the state, and bring the folder in line with it.
 
         Args:
-            init_from: as in train.
+            source: where a new run's weights come from; None: initial ones.
             resume: whether checkpoints in the folder are resumed; if not, there must be none.
         """
         self.note("looking for a checkpoint")
@@ -199,16 +208,17 @@ class _Run:
             lines = check_fits(found, self.config, model, self.dataset, self.environment)
             for line in [*lines, *mesh_changed(found, self.config, self._mesh())]:
                 self._warn(line)
-            if init_from:
+            if source:
                 self._warn("--init-from is not used: this run has begun, and is resumed")
         self.note("making the initial weights")
-        self.trainer.materialize(initial=found is None and not init_from)
+        self.trainer.materialize(initial=found is None and source is None)
         if found:
             self._restore(found)
-        elif init_from:
-            source = RunFolder(init_from)
-            together(self.world, source.require)
-            source.reading("best or last", self._warn, self._take_weights, self.world)
+        elif source:
+            self.note("reading the weights to start from")
+            self.progress.line(
+                source.take_weights(self.trainer, self.dataset, self._warn, self.world)
+            )
         self.note("preparing the run's folder")
         self._alone(lambda: self._prepare_folder(found))
         self.best = self.world.gather_objects(self.best)[0]
@@ -261,11 +271,6 @@ class _Run:
 
     def _warn(self, text: str) -> None:
         self.progress.line(f"warning: {text}")
-
-    def _take_weights(self, source: Checkpoint) -> None:
-        check_model(source, self.trainer.model.config, self.dataset)
-        self.trainer.load(source, weights_only=True)
-        self.progress.line(f"weights from {source.folder}")
 
     def _restore(self, found: Checkpoint) -> None:
         self.note("reading the checkpoint")
