@@ -147,14 +147,10 @@ def set_timeout(seconds: float) -> None:
 
 def prepare_process(config: "RunConfig") -> dict[str, Any]:
     """Prepare the process as the settings say, before NumPy is imported; returns the record of it."""
-    from cupytron import progress
-    from cupytron.process import prepare
+    from cupytron import progress, start
 
     progress.phase("preparing the process")
-    parallel = config.parallel
-    record = prepare(
-        parallel.threads, parallel.blas_kernel, parallel.malloc, config.train.deterministic
-    )
+    record = start.prepare_process(config)
     progress.phase("loading the library")
     return record
 

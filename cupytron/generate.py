@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def generate(
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
+    temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 1,
@@ -138,7 +139,8 @@ def generate(
     Raises:
         CupytronError: an argument is out of range.
     """
-    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    ids = [int(token) for token in prompt]  # perhaps an array
+    _check(model, ids, max_new_tokens, temperature, top_k, top_p)
     key = philox.key_of(seed, "sample", str(sample))
     decoder = Decoder(model, use_cache, pipeline)
     pipeline = decoder.pipeline
@@ -146,7 +148,6 @@ def generate(
     vocab = int(model.config.vocab_size or 0)
     first = min(tp.rank * -(-vocab // tp.size), vocab)
     real = max(0, (vocab if vocab_size is None else vocab_size) - first)
-    ids = list(prompt)
     for _ in range(max_new_tokens):
         logits, token = decoder.logits(ids), -1
         if logits is not None:
@@ -173,11 +174,11 @@ def _check(
         raise CupytronError("the prompt is empty; give at least one character")
     if min(prompt) < 0 or max(prompt) >= vocab:
         raise CupytronError(f"the prompt holds token ids outside 0 ... {vocab - 1}")
-    if max_new_tokens < 0:
-        raise CupytronError(f"max_new_tokens={max_new_tokens} must be 0 or more")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise CupytronError(f"max_new_tokens={max_new_tokens} must be a whole number from 0")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise CupytronError(f"temperature={temperature} must be 0 (the likeliest token) or more")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
         raise CupytronError(
             f"top_k={top_k} must be a whole number from 1; leave it out to choose among all"
         )

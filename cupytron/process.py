@@ -33,6 +33,7 @@ for _ in range(12):
 print(best)
 """
 OWN_CHOICE = "OpenBLAS's own choice"
+_prepared_for: list[str] = []  # the wish for a kernel that was followed, once NumPy may be imported
 _WIN = 0.9  # another kernel must beat OpenBLAS's own choice by this much
 
 
@@ -43,6 +44,8 @@ def prepare(
     deterministic: bool = False,
 ) -> dict[str, Any]:
     """Set up the process and say what was done; call it before NumPy is imported.
+
+    If NumPy is imported already, its OpenBLAS has chosen a kernel, and the record says so.
 
     Args:
         threads: of this process; None: what OPENBLAS_NUM_THREADS or OMP_NUM_THREADS says, else the
@@ -61,6 +64,7 @@ def prepare(
     if kernel:
         os.environ["OPENBLAS_CORETYPE"] = kernel
     if early:
+        _prepared_for[:] = [blas_kernel]
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
             os.environ[name] = str(count)
     else:
@@ -72,6 +76,7 @@ def prepare(
         "ranks_on_node": local_ranks(),
         "blas_kernel": kernel or found or OWN_CHOICE,
         "blas_kernel_found": found,
+        "blas_kernel_too_late": None if early else _too_late(blas_kernel, found),
         "malloc": "keeps freed pages" if kept else "as found",
         "processor": processor(),
         "python": platform.python_version(),
@@ -89,6 +94,8 @@ def describe(record: dict[str, Any]) -> str:
     if found and found != kernel:
         # never silently against what somebody may have set on purpose
         note = f" (the environment said {found}; --blas-kernel off keeps that)"
+    elif late := record.get("blas_kernel_too_late"):
+        note = f" (NumPy was imported first, so parallel.blas_kernel={late} could not be applied)"
     elif loaded.lower() != kernel.lower() and kernel != OWN_CHOICE:
         note = f" ({kernel} was asked for, and is not in this OpenBLAS)"
     threads, ranks = record["threads"], record.get("ranks_on_node", 1)
@@ -99,6 +106,13 @@ def describe(record: dict[str, Any]) -> str:
         f"{record['processor']}, {used}; "
         f"OpenBLAS kernel {loaded}{note}; malloc {record['malloc']}; numpy {record['numpy']}"
     )
+
+
+def _too_late(wish: str, found: str | None) -> str | None:
+    """The wish for a kernel, if NumPy was imported before it could be followed."""
+    followed = wish == "off" or wish in _prepared_for or (wish != "auto" and wish == found)
+    # where `auto` would not look for another kernel, nothing is missed
+    return None if followed or (wish == "auto" and not _has_avx512()) else wish
 
 
 def note_loaded_blas(record: dict[str, Any]) -> None:

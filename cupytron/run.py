@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,16 +23,19 @@ from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, 
 from cupytron.parallel.drift import ReplicasDiffer
 from cupytron.resume import check_fits, check_tokens, mesh_changed, prepare_folder
 from cupytron.run_folder import RunFolder
-from cupytron.starting import Source
+from cupytron.source import Source
+from cupytron.start import prepare_process
 from cupytron.stop import StopRequest
 from cupytron.together import together
 from cupytron.trace import Trace
 from cupytron.trainer import NotFinite, StepResult, Trainer
 
+OnStep = Callable[[dict[str, Any]], Any]
+
 
 @dataclasses.dataclass
 class Outcome:
-    """How a run ended: 0 finished, 75 or 130 stopped by a signal and saved."""
+    """How a run ended: 0 finished or stopped by on_step, 75 or 130 stopped by a signal, and saved."""
 
     exit_code: int
     step: int
@@ -43,7 +45,7 @@ class Outcome:
 def train(
     config: RunConfig,
     out: str | Path,
-    environment: dict[str, Any],
+    environment: dict[str, Any] | None = None,
     resume: str = "auto",
     init_from: str | Path | None = None,
     quiet: bool = False,
@@ -51,6 +53,7 @@ def train(
     trace: tuple[int, int] | None = None,
     *,
     init_checkpoint: str | int = "best",
+    on_step: OnStep | None = None,
 ) -> Outcome:
     """Train until train.max_steps, from the newest whole checkpoint in `out` if there is one.
 
@@ -59,13 +62,14 @@ def train(
     Args:
         config: the run's settings; config.data.path names the data set.
         out: the run's folder.
-        environment: process.prepare's record.
+        environment: process.prepare's record; None or empty: it is made here.
         resume: "auto", or "never": refuse a folder that holds checkpoints.
         init_from: a run whose weights this one starts from.
         init_checkpoint: which of that run's: "best" (the last if none was evaluated), "last" or a step.
         quiet: print nothing.
         world: all ranks of the run; None: this process alone.
         trace: (first, last): write what happens in steps first <= step < last to trace.json in `out`.
+        on_step: called with each step's record on every rank; the run saves and stops if it returns False.
 
     Raises:
         CupytronError, DataError: settings, data or checkpoints that cannot be used.
@@ -83,24 +87,26 @@ def train(
     )
     source = None if init_from is None else Source(RunFolder(init_from), which)
     with mesh_run.watched(world, config.parallel.timeout):
-        return _train(config, folder, environment, resume, source, quiet, world, trace)
+        return _train(config, folder, environment, resume, source, quiet, world, trace, on_step)
 
 
 def _train(
     config: RunConfig,
     folder: RunFolder,
-    environment: dict[str, Any],
+    environment: dict[str, Any] | None,
     resume: str,
     source: Source | None,
     quiet: bool,
     world: Communicator,
     trace: tuple[int, int] | None,
+    on_step: OnStep | None,
 ) -> Outcome:
     """As train, with all its arguments given, inside the watchdog's context."""
     # this comes before settings are compared: a rank that does not see the run has read other settings
     folder.compare_steps(world)
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
+    environment = environment or prepare_process(config)
     own = ("parallel.threads", "parallel.blas_kernel", "parallel.malloc")  # a node's business
     mesh_run.check_alike(world, own, settings=config)
     tracing = Trace(*trace) if trace else None
@@ -115,7 +121,7 @@ def _train(
     shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
         progress.phase("building the model")
-        run = _Run(settings, folder, dataset, environment, shown, context, tracing)
+        run = _Run(settings, folder, dataset, environment, shown, context, tracing, on_step)
         if world.rank == 0:
             # not before the settings have proved good
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -157,7 +163,9 @@ class _Run:
         shown: Progress,
         context: ParallelContext,
         trace: Trace | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
+        self.on_step = on_step
         self.config, self.folder, self.dataset = config, folder, dataset
         self.environment, self.progress = environment, shown
         self.context, self.world = context, context.world
@@ -308,9 +316,8 @@ class _Run:
                     self._after_step()
                 if stop.signal is not None:
                     self._save()
-                    name = signal.Signals(stop.signal).name
                     self.progress.line(
-                        f"stopped by {name} at step {self.trainer.step}, saved; "
+                        f"stopped by {stop.name} at step {self.trainer.step}, saved; "
                         "the same command goes on from here"
                     )
                 elif self.saved == self.trainer.step:
@@ -384,6 +391,8 @@ class _Run:
         if step % train.log_interval == 0 or step in (1, train.max_steps):
             memory = {"peak_memory_bytes": peak_memory_bytes(self.context.device)}
             self.progress.step({**record, **self.speed.read(), **memory})
+        if self.on_step and self.on_step(dict(record)) is False:
+            self.stop.ask()
 
     def _set_trace(self, trace: Trace | None) -> None:
         self.trace = self.trainer.zero.pipeline.trace = trace

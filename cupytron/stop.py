@@ -10,6 +10,7 @@ from cupytron.signals import SIGNALS, Signals
 
 # exit code: stopped by SIGTERM, SIGUSR1 or SIGHUP, saved, start me again (EX_TEMPFAIL)
 REQUEUE = 75
+CALLER = -1  # in a signal's place: the program that trains the run has asked
 
 
 class StopRequest:
@@ -56,12 +57,27 @@ class StopRequest:
         if comm.size == 1:
             self.signal = self.received or self.signal
             return self.signal is not None
-        came = np.array([number == self.received for number in SIGNALS], np.int32)
+        asked = (*SIGNALS, CALLER)
+        came = np.array([number == self.received for number in asked], np.int32)
         comm.all_reduce(came)
-        numbers = [number for number, count in zip(SIGNALS, came, strict=True) if count]
+        numbers = [number for number, count in zip(asked, came, strict=True) if count]
         self.signal = max([*numbers, *([] if self.signal is None else [self.signal])], default=None)
         return self.signal is not None
 
+    def ask(self) -> None:
+        """Ask the run to stop, as a signal would."""
+        if self.received is None:
+            self.received = CALLER
+
+    @property
+    def name(self) -> str:
+        """What the run stops for, for messages."""
+        if self.signal is None or self.signal == CALLER:
+            return "its caller"
+        return signal.Signals(self.signal).name
+
     @property
     def exit_code(self) -> int:
-        return 0 if self.signal is None else 130 if self.signal == signal.SIGINT else REQUEUE
+        return (
+            0 if self.signal in (None, CALLER) else 130 if self.signal == signal.SIGINT else REQUEUE
+        )

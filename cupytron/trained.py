@@ -55,12 +55,19 @@ class TrainedModel:
         self.pipeline, self.context = pipeline, context
         self.model: Transformer = pipeline.model
 
+    def __repr__(self) -> str:
+        model = self.config.model
+        return (
+            f"TrainedModel({model.family}, {model.num_parameters():,} parameters, step {self.step}, "
+            f"vocabulary of {model.vocab_size}, context of {model.context_length} tokens)"
+        )
+
     def stream(
         self,
         prompt: str | None = None,
         max_new_tokens: int = 200,
         *,
-        temperature: float = 1.0,
+        temperature: float = 0.8,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 1,
@@ -217,7 +224,7 @@ def _predicted_bytes(dataset: Dataset) -> int | None:
 
 def load(
     run: str | Path,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     warn: Callable[[str], None] = lambda text: None,
     context: ParallelContext | None = None,
     zero: int = 0,
@@ -247,7 +254,7 @@ def load(
     def load_from(found: Checkpoint) -> TrainedModel:
         return _load_from(found, folder, warn, mesh, zero)
 
-    which = "best or last" if checkpoint == "best" else checkpoint
+    which = "best or last" if checkpoint == "best" else str(checkpoint)
     return folder.reading(which, warn, load_from, mesh.world)
 
 
