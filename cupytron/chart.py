@@ -8,6 +8,8 @@ from html import escape
 
 Point = tuple[float, float]
 MOST_POINTS = 1200  # in one line of an SVG; a run may have a million
+MOST_MARKS = 60  # dots that touch each other say nothing
+_TAG_HEIGHT = 12  # of a tag's text
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,15 @@ class Series:
         name: what it shows, read out by screen readers.
         points: (x, y), finite, x rising.
         style: CSS class of the line; the page gives it a colour.
-        marks: whether each point gets a dot that tells its value.
+        marks: whether points get dots that tell their values; at most about MOST_MARKS get one.
+        tag: a letter or two, drawn at the end of the line.
     """
 
     name: str
     points: Sequence[Point]
     style: str
     marks: bool = False
+    tag: str = ""
 
 
 def finite(points: Iterable[tuple[object, object]]) -> list[Point]:
@@ -38,8 +42,13 @@ def finite(points: Iterable[tuple[object, object]]) -> list[Point]:
     return kept
 
 
+def smoothing_window(points: Sequence[Point], parts: int = 40) -> int:
+    """How many points `smooth` averages, away from the ends; 1: it leaves the points as they are."""
+    return 2 * (len(points) // parts) + 1
+
+
 def smooth(points: Sequence[Point], parts: int = 40) -> list[Point]:
-    """Mean over a window of about 2/parts of the points around each one.
+    """Mean over a window of about 2/parts of the points around each one (`smoothing_window`).
 
     The window shrinks evenly on both sides towards the ends, so that a steep start is not dragged
     along, as an exponential average would.
@@ -74,27 +83,37 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
     low, high = ordered[last - round(last * 0.99)], ordered[round(last * 0.99)]
     room = 3 * (high - low)
     low, high = max(ordered[0], low - room), min(ordered[-1], high + room)
-    if high - low <= 1e-12 * max(abs(high), abs(low)):
-        pad = abs(high) * 0.1 or 1.0  # one value, or a constant
+    largest = max(abs(high), abs(low))
+    if high - low <= max(1e-12 * largest, 1e-290):
+        pad = largest * 0.1 if largest > 1e-280 else 1.0  # one value, or a constant
         return low - pad, high + pad
     return low, high
 
 
-def ticks(low: float, high: float, count: float) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten) from low to high."""
+def ticks(low: float, high: float, count: float, whole: bool = False) -> list[float]:
+    """About `count` round values (1, 2 or 5 times a power of ten) from low to high, and at least two.
+
+    Args:
+        whole: only whole numbers; low and high are two different ones.
+    """
     rough = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next((f for f in (1, 2, 5) if f * power >= 0.999 * rough), 10)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    while True:
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next((f for f in (1, 2, 5) if f * power >= 0.999 * rough), 10)
+        step = max(step, 1.0) if whole else step
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last > first or (whole and step == 1.0):
+            return [i * step for i in range(first, last + 1)]
+        rough = step / 2.6  # the next smaller round step
 
 
 def tick_label(value: float, step: float) -> str:
-    """The value with as many decimals as the distance between ticks asks for."""
-    if step < 1e-4 or abs(value) >= 1e7:
-        digits, _, exponent = f"{value:.4g}".partition("e")
+    """The value with as many digits as the distance between ticks asks for."""
+    if value and (step < 1e-4 or abs(value) >= 1e7):
+        places = math.floor(math.log10(abs(value))) - math.floor(math.log10(step) + 1e-9) + 1
+        digits, _, exponent = f"{value:.{min(max(places, 2), 15)}g}".partition("e")
         return f"{digits}e{int(exponent)}" if exponent else digits
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    return f"{value:,.{min(max(0, -math.floor(math.log10(step) + 1e-9)), 4)}f}"
 
 
 def _spacing(values: Sequence[float]) -> float:
@@ -104,17 +123,21 @@ def _spacing(values: Sequence[float]) -> float:
 class _Frame:
     """Where values lie in the drawing, and its axes."""
 
-    def __init__(self, points: Sequence[Point], width: int, height: int) -> None:
+    def __init__(self, series: Sequence[Series], width: int, height: int) -> None:
+        points = [p for s in series for p in s.points]
         self.x0, self.x1 = min(x for x, _ in points), max(x for x, _ in points)
-        if self.x0 == self.x1:
-            self.x0, self.x1 = self.x0 - 1, self.x1 + 1
+        # of numbers near 1e20, those that differ by one are equal as floats
+        room = max(1.0, 1e-9 * max(abs(self.x0), abs(self.x1)))
+        if self.x1 - self.x0 < room:
+            self.x0, self.x1 = self.x0 - room if self.x0 else 0.0, self.x1 + room
         self.y0, self.y1 = bounds([y for _, y in points])
         self.height = height
         self.y_ticks = ticks(self.y0, self.y1, max(3, height // 60))
         spacing = _spacing(self.y_ticks)
         self.y_labels = [tick_label(value, spacing) for value in self.y_ticks]
         self.left = 14 + 7 * max(map(len, self.y_labels), default=0)
-        self.right, self.top, self.bottom = width - 12, 10, height - 36
+        longest = max(len(s.tag) for s in series)
+        self.right, self.top, self.bottom = width - 12 - 9 * longest, 10, height - 36
 
     def x(self, value: float) -> float:
         return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.right - self.left)
@@ -132,7 +155,7 @@ class _Frame:
             parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
             parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
         parts.append(f'<path class="axis" d="M{left} {floor}H{right}"/>')
-        values = ticks(self.x0, self.x1, max(2, (right - left) // 130))
+        values = ticks(self.x0, self.x1, max(3, (right - left) // 130), whole=True)
         spacing = _spacing(values)
         for value in values:
             x, text = self.x(value), tick_label(value, spacing)
@@ -167,7 +190,7 @@ def svg(
     series = [s for s in series if s.points]
     if not series:
         return ""
-    frame = _Frame([p for s in series for p in s.points], width, height)
+    frame = _Frame(series, width, height)
     left, top = frame.left - 4, frame.top - 4
     size = f'width="{width - left}" height="{frame.bottom - top + 4}"'
     return "\n".join(
@@ -177,7 +200,9 @@ def svg(
             *frame.axes(x_label),
             f'<g clip-path="url(#{name})">',
             *(part for s in series for part in _draw(s, frame, x_label)),
-            "</g></svg>",
+            "</g>",
+            *_tags(series, frame),
+            "</svg>",
         ]
     )
 
@@ -188,14 +213,45 @@ def _draw(series: Series, frame: _Frame, x_label: str) -> list[str]:
     if len(points) > 1:
         path = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in points)
         parts.append(f'<path class="line {series.style}" d="M{path}"/>')
-    # dots that touch each other say nothing; a single point would not show as a line
-    if (series.marks and len(points) <= 60) or len(points) == 1:
-        for x, y in points:
+    # a single point would not show as a line
+    if series.marks or len(points) == 1:
+        for x, y in points[:: -(-len(points) // MOST_MARKS)]:
             hint = escape(f"{series.name}, {x_label} {x:,.0f}: {y:.4g}")
             place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"'
             title = f"<title>{hint}</title>"
             parts.append(f'<circle class="dot {series.style}" {place}>{title}</circle>')
     return parts
+
+
+def _tags(series: Sequence[Series], frame: _Frame) -> list[str]:
+    """Each line's tag at its end, moved up or down where it would cover another one."""
+    ends = []
+    for s in (s for s in series if s.tag):
+        x, y = s.points[-1]
+        # the end of a line that leaves the frame is at its edge
+        ends.append((frame.x(x), min(max(frame.y(y), frame.top), frame.bottom), s))
+    ends.sort(key=lambda end: end[0])
+    parts, column = [], []
+    for end, after in itertools.zip_longest(ends, ends[1:]):
+        column.append(end)
+        if after is None or after[0] - end[0] > 24:  # no tag is wider
+            column.sort(key=lambda end: end[1])
+            heights = _spread([y for _, y, _ in column], frame.bottom)
+            for (x, _, s), y in zip(column, heights, strict=True):
+                place = f'x="{x + 5:.1f}" y="{y + 4:.1f}"'
+                parts.append(f'<text class="tag {s.style}" {place}>{escape(s.tag)}</text>')
+            column = []
+    return parts
+
+
+def _spread(heights: Sequence[float], lowest: float) -> list[float]:
+    """Rising heights at a tag's distance from each other, the last at most at `lowest`."""
+    apart: list[float] = []
+    for y in heights:
+        apart.append(max(y, apart[-1] + _TAG_HEIGHT) if apart else y)
+    for i, y in enumerate(reversed(apart)):
+        apart[-1 - i] = min(y, lowest - i * _TAG_HEIGHT)
+    return apart
 
 
 def text_chart(lines: Sequence[tuple[str, Sequence[Point]]], width: int, height: int) -> str:

@@ -17,6 +17,25 @@ from cupytron.printable import printable
 from cupytron.run_folder import RunFolder
 
 Record = Mapping[str, Any]
+# small charts: (key of a record, title)
+SMALL = (
+    ("lr", "Learning rate"),
+    ("grad_norm", "Gradient norm"),
+    ("tokens_per_second", "Tokens a second"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that the model wrote.
+
+    Attributes:
+        text: without its prompt, if that is known.
+        remark: the prompt, the temperature and the checkpoint, as far as they are known.
+    """
+
+    text: str
+    remark: str
 
 
 @dataclass
@@ -27,16 +46,17 @@ class Report:
         title: name of the run's folder.
         curves: points by step of every number in metrics.jsonl, by its key.
         settings: sections of config.toml. environment: flat list of names and values.
-        sample: text that the model wrote; parameters: their number.
-        notes: what the reader should know about the data.
+        sample: text that the model wrote. parameters: their number.
+        lost: how many losses were not finite. notes: what the reader should know about the data.
     """
 
     title: str
     curves: dict[str, list[Point]]
     settings: dict[str, Any] = field(default_factory=dict)
     environment: list[tuple[str, str]] = field(default_factory=list)
-    sample: str | None = None
+    sample: Sample | None = None
     parameters: int | None = None
+    lost: int = 0
     notes: list[str] = field(default_factory=list)
 
     def curve(self, key: str) -> list[Point]:
@@ -54,7 +74,10 @@ def curves(records: Iterable[Record]) -> tuple[dict[str, list[Point]], int]:
         step = record.get("step")
         if isinstance(step, int) and not isinstance(step, bool):
             for key, value in record.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                # None: MetricsWriter's word for a number that is not finite
+                if value is None or (
+                    isinstance(value, int | float) and not isinstance(value, bool)
+                ):
                     found.setdefault(key, {})[step] = value
     points = {key: chart.finite(sorted(values.items())) for key, values in found.items()}
     losses = ("loss", "val_loss")
@@ -73,28 +96,38 @@ def read_report(path: str | Path, sample: bool = True) -> Report:
         CupytronError: the folder is not a run's, or has no metrics yet.
     """
     run = RunFolder(path).require()
-    found, lost = curves(run.read_metrics())
-    if "loss" not in found and "val_loss" not in found:
+    report = read_records(run)
+    if not report.curve("loss") and not report.curve("val_loss"):
+        finite, advice = ("", f"go on with `cupytron train --out {path}`")
+        if report.lost:
+            finite, advice = " that is a finite number", "train anew with a lower optim.lr"
         raise CupytronError(
-            f"{run.metrics}: holds no loss yet, so there is nothing to report; "
-            f"go on with `cupytron train --out {path}`"
+            f"{run.metrics}: holds no loss yet{finite}, so there is nothing to report; {advice}"
         )
-    report = Report(title=run.path.resolve().name, curves=found)
+    if not report.curve("val_loss"):
+        report.notes.append("No validation loss is recorded.")
+    report.sample = _sample(run, sample, report.notes)
+    return report
+
+
+def read_records(run: RunFolder) -> Report:
+    """What a run's files say, without its sample; the run may have no metrics yet."""
+    found, lost = curves(run.read_metrics())
+    report = Report(title=run.path.resolve().name, curves=found, lost=lost)
     if lost:
         report.notes.append(
-            f"{lost} {'loss was' if lost == 1 else 'losses were'} not finite and left out."
+            f"{lost:,} {'loss was' if lost == 1 else 'losses were'} not finite and left out."
         )
     try:
         report.settings = tomllib.loads(run.config.read_text(encoding="utf-8"))
-    except (ValueError, OSError):  # of tomllib and of decoding
+    except (ValueError, OSError, RecursionError):  # of tomllib and of decoding
         report.notes.append("config.toml could not be read.")
     try:
         environment = json.loads(run.environment.read_text(encoding="utf-8"))
         report.environment = list(flatten(environment))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         report.notes.append("environment.json could not be read.")
     report.parameters = _count_parameters(run.config)
-    report.sample = _sample(run, sample)
     return report
 
 
@@ -124,21 +157,34 @@ def _count_parameters(config: Path) -> int | None:
         return None  # a run of another version, say; the rest of the page stands
 
 
-def _sample(run: RunFolder, generate: bool) -> str | None:
+def _sample(run: RunFolder, generate: bool, notes: list[str]) -> Sample | None:
+    """The text in RUN/sample.txt, or one that the model writes; a note says why there is none."""
     try:
         text = (run.path / "sample.txt").read_text(encoding="utf-8", errors="replace").strip("\n")
     except OSError:
         text = ""
-    if text or not generate:
-        return text or None
+    if text:
+        return Sample(text, "from sample.txt; its prompt and its temperature are not recorded")
+    if not generate:
+        return None
     import cupytron
     from cupytron.data import DataError
 
+    how: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.8, "seed": 1}
     try:
-        text = cupytron.load(run.path).generate(max_new_tokens=300, temperature=0.8, seed=1)
-        return text.strip("\n") or None
-    except (CupytronError, DataError, OSError):
-        return None  # no checkpoint yet, or none that is whole
+        model = cupytron.load(run.path)
+        prompt = model.default_prompt()
+        text = model.generate(prompt, **how).strip("\n")
+    except (CupytronError, DataError, OSError) as error:
+        # no checkpoint yet, or none that is whole
+        notes.append(f"There is no sample: {error}")
+        return None
+    begin = json.dumps(prompt, ensure_ascii=False) if prompt else "none (a document begins)"
+    return Sample(
+        text,
+        f"prompt {begin}, temperature {how['temperature']}, up to {how['max_new_tokens']} tokens, "
+        f"seed {how['seed']}, weights of step {model.step:,}",
+    )
 
 
 # figures
@@ -152,10 +198,11 @@ def key_figures(report: Report) -> list[tuple[str, str, str]]:
         figures.append(("Best validation loss", f"{best:.4f}", f"at step {step:,.0f}"))
         if best < 50:
             figures.append(("Perplexity", f"{math.exp(best):,.2f}", "at that step"))
-    if loss := chart.smooth(report.curve("loss")):
-        window = report.curve("loss")[-max(1, len(loss) // 20) :]
+    if loss := report.curve("loss"):
+        window = loss[-max(1, len(loss) // 20) :]
         mean = statistics.fmean(y for _, y in window)
-        figures.append(("Training loss", f"{mean:.4f}", f"over the last {len(window)} records"))
+        over = f"mean of the last {len(window):,} records" if len(window) > 1 else "last record"
+        figures.append(("Training loss", f"{mean:.4f}", over))
     if speed := report.curve("tokens_per_second"):
         median = statistics.median(y for _, y in speed)
         figures.append(("Tokens a second", f"{median:,.0f}", "median"))
@@ -191,9 +238,7 @@ def write_html(report: Report, out: str | Path) -> None:
     page = report_page.page(
         report.title, _subtitle(report), key_figures(report), report.notes, _body(report)
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8", errors="replace")
+    report_page.write(page, out)
 
 
 def _subtitle(report: Report) -> str:
@@ -203,31 +248,34 @@ def _subtitle(report: Report) -> str:
     return f"step {last:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) else "")
 
 
+def training_lines(loss: Sequence[Point]) -> list[chart.Series]:
+    """The training loss as it is recorded and, for a long run, smoothed; the names say which is which."""
+    window = chart.smoothing_window(loss)
+    if window == 1:
+        return [chart.Series("training", loss, "train")]
+    return [
+        chart.Series("training, each record", loss, "raw"),
+        chart.Series(f"training, mean of {window:,} records", chart.smooth(loss), "train"),
+    ]
+
+
 def _body(report: Report) -> Iterable[str]:
     loss, val = report.curve("loss"), report.curve("val_loss")
-    smoothed = chart.smooth(loss)
-    # a short run's line is not worth smoothing away
     lines = [
-        chart.Series("each record", loss, "raw"),
-        chart.Series("training", smoothed, "train"),
+        *training_lines(loss),
         chart.Series("validation", val, "val", marks=True),
     ]
-    shown = [(s.style, s.name) for s in lines if s.points]
-    yield report_page.figure(
-        "Loss", chart.svg(lines, "Training and validation loss by step", "loss"), shown
+    yield report_page.figure("Loss", lines, "loss")
+    yield report_page.row(
+        [
+            report_page.figure(
+                title, [chart.Series(title, report.curve(key), "train")], key, small=True
+            )
+            for key, title in SMALL
+        ]
     )
-    small = []
-    for key, title in (
-        ("lr", "Learning rate"),
-        ("grad_norm", "Gradient norm"),
-        ("tokens_per_second", "Tokens a second"),
-    ):
-        series = [chart.Series(title, report.curve(key), "train")]
-        if drawing := chart.svg(series, f"{title} by step", key, 290, 170):
-            small.append(report_page.figure(title, drawing, []))
-    yield report_page.row(small)
     if report.sample:
-        yield report_page.sample(report.sample)
+        yield report_page.sample(report.sample.text, report.sample.remark)
     sections = {
         name: [(key, show(value)) for key, value in section.items()]
         for name, section in report.settings.items()
