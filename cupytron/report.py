@@ -248,31 +248,33 @@ def _subtitle(report: Report) -> str:
     return f"step {last:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) else "")
 
 
-def training_lines(loss: Sequence[Point]) -> list[chart.Series]:
-    """The training loss as it is recorded and, for a long run, smoothed; the names say which is which."""
-    window = chart.smoothing_window(loss)
+def recorded(points: Sequence[Point], name: str = "") -> list[chart.Series]:
+    """A number as it is recorded and, in a long run, smoothed; the lines' names say which is which."""
+    window = chart.smoothing_window(points)
     if window == 1:
-        return [chart.Series("training", loss, "train")]
+        return [chart.Series(name or "each record", points, "train")]
+    prefix = f"{name}, " if name else ""
     return [
-        chart.Series("training, each record", loss, "raw"),
-        chart.Series(f"training, mean of {window:,} records", chart.smooth(loss), "train"),
+        chart.Series(f"{prefix}each record", points, "raw"),
+        chart.Series(f"{prefix}mean of {window:,} records", chart.smooth(points), "train"),
     ]
+
+
+def _small(report: Report, key: str) -> list[chart.Series]:
+    # the learning rate is not noisy: smoothing would only bend its corners
+    points = report.curve(key)
+    return [chart.Series(key, points, "train")] if key == "lr" else recorded(points)
 
 
 def _body(report: Report) -> Iterable[str]:
     loss, val = report.curve("loss"), report.curve("val_loss")
     lines = [
-        *training_lines(loss),
+        *recorded(loss, "training"),
         chart.Series("validation", val, "val", marks=True),
     ]
     yield report_page.figure("Loss", lines, "loss")
     yield report_page.row(
-        [
-            report_page.figure(
-                title, [chart.Series(title, report.curve(key), "train")], key, small=True
-            )
-            for key, title in SMALL
-        ]
+        [report_page.figure(title, _small(report, key), key, small=True) for key, title in SMALL]
     )
     if report.sample:
         yield report_page.sample(report.sample.text, report.sample.remark)

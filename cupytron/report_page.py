@@ -48,6 +48,7 @@ svg path { fill: none; } .grid { stroke: var(--rule); } .axis { stroke: var(--so
 .line.raw { stroke: var(--train); stroke-width: 1; opacity: .45; }
 .dot.train, .dot.raw { fill: var(--train); } .dot.val { fill: var(--val); }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem; }
+.row figure { display: flex; flex-direction: column; justify-content: space-between; }
 .row .line { stroke-width: 1.5; }
 pre { background: var(--panel); border-radius: 6px; padding: 1rem 1.1rem; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30rem; overflow-y: auto;
@@ -57,7 +58,7 @@ pre { background: var(--panel); border-radius: 6px; padding: 1rem 1.1rem; margin
 table { border-collapse: collapse; width: 100%; font-size: .85rem; }
 th, td { text-align: left; font-weight: 400; padding: .2rem 0; vertical-align: top;
   border-top: 1px solid var(--rule); }
-th { color: var(--soft); padding-right: 1rem; overflow-wrap: anywhere; }
+th { color: var(--soft); padding-right: 1rem; min-width: 7rem; overflow-wrap: anywhere; }
 td { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 """
 
