@@ -1,17 +1,20 @@
 """What a model is made of: Parameter, Layer, Chain, Wrapper."""
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cupytron import backend
 from cupytron.errors import CupytronError
+from cupytron.layer_checks import NoGradient, check_input_gradient, check_output, tell_origin
 from cupytron.ops import philox
 from cupytron.stash import Stash
 
 Box = tuple[slice, ...]
+MOST_NAMED = 8  # parameters in a warning
 # init(shape of the whole tensor, which part, seed, parameter name) -> float64 values of the part
 Init = Callable[[tuple[int, ...], Box, int, str], np.ndarray]
 
@@ -41,20 +44,42 @@ class Parameter:
         decay: whether weight decay applies: to matrices by default.
         partial: whether the gradient here is a part of the sum over the tensor axis.
         alias: its name in the whole model, where a pipeline has put the layer that gives it elsewhere.
-        data, grad: arrays, None until materialize.
+        held_shape: of the box.
+        data, grad: arrays, None until materialize. A gradient is added to in place.
+        reached: whether anything has asked for `grad` since it was last set to False.
     """
 
     def __init__(self, shape: tuple[int, ...], init: Init, decay: bool | None = None) -> None:
         self.name = ""
         self.shape = tuple(shape)
         self.box: Box = tuple(slice(0, n) for n in self.shape)
+        self.held_shape = self.shape
         self.padding = 0
         self.init = init
         self.partial = False
         self.alias = ""
         self.decay = len(self.shape) >= 2 if decay is None else decay
         self.data: Any = None
-        self.grad: Any = None
+        self.reached = False
+        self._grad: Any = None
+
+    @property
+    def grad(self) -> Any:
+        self.reached = True
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        # `grad += x` comes here, too, with the array that it has changed
+        if value is not self._grad:
+            raise CupytronError(
+                f"{self.name or 'parameter'}.grad: cannot be replaced, since it may be a part of a larger "
+                "array; add to it with stash.add_grad(parameter, gradient)"
+            )
+
+    def put_grad(self, array: Any) -> None:
+        """Take an array (or what stands in its place) as the gradient."""
+        self._grad = array
 
     def shard(self, dim: int, rank: int, size: int) -> None:
         """Hold share number `rank` of `size` along `dim`; along dim 0 the last shares may be padded."""
@@ -64,21 +89,22 @@ class Parameter:
         self.padding = share - (stop - start)
         assert dim == 0 or not self.padding, f"{self.name} {self.shape} cannot be cut into {size}"
         self.box = (*self.box[:dim], slice(start, stop), *self.box[dim + 1 :])
+        self.held_shape = tuple(s.stop - s.start for s in self.box)
 
     @property
     def whole(self) -> bool:
         """Whether this process holds all of the logical tensor."""
-        return all(s.stop - s.start == n for s, n in zip(self.box, self.shape, strict=True))
+        return self.held_shape == self.shape
 
     @property
     def held(self) -> int:
         """Elements of the logical tensor that this process holds; they come before the padding."""
-        return math.prod(s.stop - s.start for s in self.box)
+        return math.prod(self.held_shape)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the local array: the box and the padding."""
-        first, *others = (s.stop - s.start for s in self.box)
+        first, *others = self.held_shape
         return (first + self.padding, *others)
 
     @property
@@ -94,7 +120,7 @@ class Parameter:
     def materialize(self, seed: int, dtype: Any) -> None:
         """Allocate the local part with its initial values, and a gradient of zeros, at least float32."""
         self.data = self.initial_values(seed).astype(dtype)
-        self.grad = np.zeros(self.data.shape, backend.at_least_float32(self.data.dtype))
+        self.put_grad(np.zeros(self.data.shape, backend.at_least_float32(self.data.dtype)))
 
 
 class Layer:
@@ -109,17 +135,24 @@ class Layer:
         per_token: whether a token's y depends on no other token's x, but for what layers below it do:
             sequence parallelism gives a layer a share of the tokens, and must know.
         backward_reads_weights: a table's backward only writes its gradient.
+        row_for_row: whether y is (T, features), with a row for each row of x. A Chain holds a layer to it.
     """
 
     name = ""
     per_token = False
+    row_for_row = True
     backward_reads_weights = True
 
     def forward(self, x: Any, stash: Stash) -> Any:
-        raise NotImplementedError
+        raise CupytronError(
+            f"{self.describe()}: has no forward; write forward(self, x, stash), which returns y"
+        )
 
     def backward(self, dy: Any, stash: Stash) -> Any:
-        raise NotImplementedError
+        raise CupytronError(
+            f"{self.describe()}: has no backward; write backward(self, dy, stash), which adds to the "
+            "gradients of the layer's parameters through the stash, and returns the gradient of x"
+        )
 
     def parts(self) -> Iterator[tuple[str, "Layer | Parameter"]]:
         """Direct parameters and sub-layers with their names, in the order of definition."""
@@ -198,21 +231,75 @@ class Chain(Layer):
 
     A layer may be an attribute, or stand in a dict that is one; None is passed over. What one passes on to
     the next is one array, whose shape depends on batch_size and sequence_length of the micro-batch only.
+
+    What each layer returns is checked by its shape and dtype.
+
+    Raises:
+        ShapeError: forward or backward of a layer, which it names, has returned something else.
     """
+
+    _watched = False  # whether the next backward names the parameters that get no gradient
 
     def chain(self) -> dict[str, Layer]:
         """The layers by name; on a stage of a pipeline, its own."""
         return {name: part for name, part in self.parts() if isinstance(part, Layer)}
 
+    def materialize(self, seed: int, dtype: Any = np.float32) -> None:
+        """As any layer's. Parameters that get no gradient in the first backward are named in a warning.
+
+        (Zero allocates otherwise, and names those of its first step.)
+        """
+        super().materialize(seed, dtype)
+        self._watched = True
+
     def forward(self, x: Any, stash: Stash) -> Any:
+        giver = None
+        if self._watched and stash.keeps:
+            expect_gradients(p for _, p in self.named_parameters())
         for layer in self.chain().values():
-            x = layer.forward(x, stash)
+            try:
+                y = layer.forward(x, stash)
+            except Exception as error:
+                tell_origin(error, layer, x, giver)
+                raise
+            check_output(layer, x, y)
+            stash.note_input(layer, x)
+            giver, x = layer, y
         return x
 
     def backward(self, dy: Any, stash: Stash) -> Any:
         for layer in reversed(self.chain().values()):
             dy = layer.backward(dy, stash)
+            if noted := stash.noted_input(layer):
+                check_input_gradient(layer, *noted, dy)
+        if self._watched and not stash.defers:
+            self._watched = False
+            warn_of_unreached((p for _, p in self.named_parameters()), "backward")
         return dy
+
+
+def expect_gradients(parameters: Iterable[Parameter]) -> None:
+    """Watch from now on which gradients are asked for."""
+    for parameter in parameters:
+        parameter.reached = False
+
+
+def warn_of_unreached(parameters: Iterable[Parameter], when: str) -> None:
+    """Name in a warning the parameters whose gradient nothing has asked for since expect_gradients.
+
+    Args:
+        when: what is over now, "step" or "backward".
+    """
+    names = [parameter.name for parameter in parameters if not parameter.reached]
+    if names:
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        warnings.warn(
+            f"the first {when} gave no gradient to {', '.join(names[:MOST_NAMED])}{more}, so training does "
+            "not change them, but for weight decay; a layer's backward adds gradients through the stash "
+            "(weight_grad, bias_grad, add_grad)",
+            NoGradient,
+            stacklevel=3,
+        )
 
 
 class Wrapper(Layer):
@@ -223,6 +310,7 @@ class Wrapper(Layer):
 
     def __init__(self, inner: Layer) -> None:
         self.inner = inner
+        self.row_for_row = inner.row_for_row
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet: a copy in the making

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cupytron import ops
+from cupytron.layer_checks import check_gradient_shape, check_product, check_sum
 
 if TYPE_CHECKING:
     from cupytron.layer import Layer, Parameter
@@ -65,6 +66,7 @@ class Stash:
         self._deferred: deque[tuple[Callable[[], None], tuple[Any, ...]]] = deque()
         self._remade: dict[int, tuple[_Remade, int]] = {}
         self._uses: dict[Any, int] = {}
+        self._inputs: list[tuple[Layer, Any, Any]] = []
 
     def push(self, owner: "Layer", *arrays: Any) -> None:
         """Keep `arrays` until `owner` pops them."""
@@ -100,6 +102,11 @@ class Stash:
         """Whether a backward will follow."""
         return True
 
+    @property
+    def defers(self) -> bool:
+        """Whether gradients of parameters wait for run_weight_grads."""
+        return self._defer
+
     def discarding(self) -> "Stash":
         """A stash for the same batch that keeps nothing: inference, and Recompute's first forward."""
         return _DiscardingStash(self.batch)
@@ -131,15 +138,18 @@ class Stash:
 
     def weight_grad(self, parameter: "Parameter", x: Any, dy: Any) -> None:
         """parameter.grad += x.T @ dy, now or at run_weight_grads."""
+        check_product(parameter, x, dy)
         # a shard's padding rows come last, and get no gradient
         self.then(lambda: ops.add_product(parameter.grad[: x.shape[1]], x, dy), x, dy)
 
     def bias_grad(self, parameter: "Parameter", dy: Any) -> None:
         """parameter.grad += the sum of dy's rows, now or at run_weight_grads."""
+        check_sum(parameter, dy)
         self.then(lambda: ops.add_to(parameter.grad, ops.sum_rows(dy)), dy)
 
     def add_grad(self, parameter: "Parameter", gradient: Any) -> None:
-        """parameter.grad += gradient, now or at run_weight_grads."""
+        """parameter.grad += gradient, of the same shape, now or at run_weight_grads."""
+        check_gradient_shape(parameter, gradient)
         self.then(lambda: ops.add_to(parameter.grad, gradient), gradient)
 
     def then(self, work: Callable[[], Any], *arrays: Any) -> None:
@@ -161,6 +171,16 @@ class Stash:
         """Count its backward; whether that was the last one of this micro-batch."""
         self._uses[key] -= 1
         return self._uses[key] == 0
+
+    def note_input(self, layer: "Layer", x: Any) -> None:
+        """Remember shape and dtype of a layer's x, which its gradient will have."""
+        self._inputs.append((layer, x.shape, x.dtype))
+
+    def noted_input(self, layer: "Layer") -> tuple[Any, Any] | None:
+        """Hand back what was noted last, if it is this layer's."""
+        if self._inputs and self._inputs[-1][0] is layer:
+            return self._inputs.pop()[1:]
+        return None
 
     def run_weight_grads(self) -> None:
         """Do what was put off, in the order in which backward met it; frees as it goes."""
@@ -205,4 +225,7 @@ class _DiscardingStash(Stash):
         pass
 
     def use(self, key: Any) -> None:
+        pass
+
+    def note_input(self, layer: "Layer", x: Any) -> None:
         pass

@@ -37,7 +37,7 @@ LAYERS = [
     {"together", "agreement"},
     {"ops"},
     {"kernels"},
-    {"layer", "stash"},
+    {"layer", "layer_checks", "stash"},
     {"nn"},
     {"model"},
     {"checkpoint", "checkpoint_files", "checkpoint_folders", "checkpoint_format", "piece_table"},

@@ -3,8 +3,8 @@
 from typing import Any
 
 from cupytron import ops
-from cupytron.errors import CupytronError
 from cupytron.layer import Layer, Parameter, constant, normal
+from cupytron.layer_checks import ShapeError
 from cupytron.stash import Stash
 
 
@@ -15,6 +15,7 @@ class Linear(Layer):
     """
 
     per_token = True
+    of_a_mesh = ""  # added to an error about widths where layers are cut
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, std: float = 0.02) -> None:
         self.weight = Parameter((d_in, d_out), normal(std))
@@ -26,11 +27,11 @@ class Linear(Layer):
         return ops.linear(x, self.weight.data, self.bias.data if self.bias else None)
 
     def check_width(self, x: Any, weight: Any) -> None:
-        """Refuse an x of another width: a layer before this one may be cut, and this one not."""
-        if x.shape[1] != weight.shape[0]:
-            raise CupytronError(
-                f"{self.describe()}: takes {weight.shape[0]} features and was given {x.shape[1]}; a "
-                "row-parallel layer belongs behind a column-parallel one, and no other does"
+        """Refuse an x of another width."""
+        if x.shape[1:] != weight.shape[:1]:
+            given = x.shape[1] if len(x.shape) == 2 else f"an x of shape {x.shape}"
+            raise ShapeError(
+                f"{self.describe()}: takes {weight.shape[0]} features and was given {given}{self.of_a_mesh}"
             )
 
     def backward(self, dy: Any, stash: Stash) -> Any:

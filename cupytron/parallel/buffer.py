@@ -98,9 +98,9 @@ class Bucket:
         self.grad = grad
         for parameter, start, stop in self.segments:
             if grad is None:
-                parameter.grad = _Closed(parameter.name)
+                parameter.put_grad(_Closed(parameter.name))
             else:
-                parameter.grad = grad[start:stop].reshape(parameter.local_shape)
+                parameter.put_grad(grad[start:stop].reshape(parameter.local_shape))
 
     def ranges(self, chosen: Callable[[Parameter], bool], within: slice) -> list[slice]:
         """Where the chosen parameters lie inside a range; neighbours are joined."""

@@ -28,6 +28,7 @@ from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.schedules import placement_of
 from cupytron.parallel.stages import divide
 from cupytron.parallel.tensor import (
+    MISPLACED,
     ColumnLinear,
     Entry,
     Region,
@@ -106,6 +107,8 @@ def parallelize(
             if isinstance(layer, Embedding):
                 return VocabularyEmbedding(layer.weight, region)
             return VocabularyHead(layer.weight, Entry(region, 1, keep_gathered))
+        if isinstance(layer, Linear):
+            layer.of_a_mesh = MISPLACED
         return layer
 
     model.replace(change)

@@ -15,6 +15,11 @@ from cupytron.layer import Layer, Parameter
 from cupytron.nn import Linear
 from cupytron.stash import Stash
 
+MISPLACED = (
+    "; a row-parallel layer belongs behind a column-parallel one, and no other does; see the patterns "
+    "given to parallelize"
+)
+
 
 class Region:
     """The border of a tensor-parallel region; outside it every rank has all tokens' activations.
@@ -126,6 +131,8 @@ class ColumnLinear(Layer):
     Communication: forward and backward as its entry's region.
     """
 
+    row_for_row = False  # under sequence parallelism x has a share of the rows
+
     def __init__(self, weight: Parameter, bias: Parameter | None, entry: Entry) -> None:
         self.weight, self.bias, self.entry = weight, bias, entry
 
@@ -147,6 +154,9 @@ class RowLinear(Linear):
     Shapes: x (T, D_in / tp); y as outside the region; weight (D_in / tp, D_out), bias (D_out,).
     Communication: forward and backward as its region.
     """
+
+    row_for_row = False  # under sequence parallelism y has a share of the rows
+    of_a_mesh = MISPLACED
 
     def __init__(self, weight: Parameter, bias: Parameter | None, region: Region) -> None:
         self.weight, self.bias, self.region = weight, bias, region
@@ -176,6 +186,7 @@ class VocabularyEmbedding(Layer):
     """
 
     backward_reads_weights = False
+    row_for_row = False  # as a RowLinear's
 
     def __init__(self, weight: Parameter, region: Region) -> None:
         self.weight, self.region = weight, region
@@ -201,6 +212,8 @@ class VocabularyHead(Layer):
     padding; weight (ceil(V / tp), D).
     Communication: as its entry's region; the loss one all-gather of (3, T) float64.
     """
+
+    row_for_row = False  # as a ColumnLinear's
 
     def __init__(self, weight: Parameter, entry: Entry) -> None:
         self.weight, self.entry = weight, entry

@@ -15,7 +15,7 @@ Reference: Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054.
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from cupytron import backend, optim, progress
 from cupytron.comm import Communicator, ParallelContext
 from cupytron.config_checks import MOST_REPLICAS, divisors
 from cupytron.errors import CupytronError
-from cupytron.layer import Layer, Parameter, Wrapper
+from cupytron.layer import Layer, Parameter, Wrapper, expect_gradients, warn_of_unreached
 from cupytron.parallel.buffer import Bucket, make_buckets, share
 from cupytron.parallel.data import TreeSum, tree_reduce_scatter
 from cupytron.parallel.pipeline import Pipeline, Work
@@ -99,6 +99,7 @@ class Zero:
         self._pending: list[tuple[Bucket, str, Any]] = []
         self._trees = {who: TreeSum() for bucket in self.buckets for who in self.completers(bucket)}
         self._gathers: dict[str, Any] = {}
+        self._told = False  # whether parameters without a gradient have been looked for
 
     def completers(self, bucket: Bucket) -> tuple[str, ...]:
         """Names of what adds to a bucket's gradient in reductions of its own."""
@@ -234,6 +235,8 @@ class Zero:
                     f"the {kind} have {', '.join(map(str, counts))} micro-batches; give each as many"
                 )
         assert not (held and self.parts_at_once), "there is a reduction after each micro-batch"
+        if not self._told:
+            expect_gradients(self._parameters())
         self._expected, self._held = micro_batches, held
         self._finished = dict.fromkeys(self._trees, 0)
 
@@ -298,6 +301,7 @@ class Zero:
                     f"{name}: took part in {count} of {self._expected} micro-batches; replicas can add up "
                     "the gradients of top-level layers that run in each of them only"
                 )
+        self._tell_of_unreached()
         self._used_up = False
         while self._pending:
             self._complete(*self._pending.pop(0))
@@ -314,6 +318,15 @@ class Zero:
                 self.context.tp.all_reduce(bucket.gradient[bucket.local(part)])
             if copies := self.copies(bucket):
                 copies.all_reduce(bucket.gradient)
+
+    def _parameters(self) -> Iterator[Parameter]:
+        return (segment.parameter for bucket in self.buckets for segment in bucket.segments)
+
+    def _tell_of_unreached(self) -> None:
+        """After the first step: name the parameters that no layer has given a gradient."""
+        if not self._told and self.dp.rank == 0 and self.context.tp.rank == 0:
+            warn_of_unreached(self._parameters(), "step")
+        self._told = True
 
     def global_norm(self) -> float:
         """Root of the sum of squares of the whole gradient, each logical element counted once.
