@@ -49,7 +49,7 @@ demo: .venv/base
 	@BIN=$(BIN) RUNS=$(RUNS) sh benchmarks/demo.sh
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not hosts and not slurm"
 
 # those that `make test` leaves out
 test-all: .venv/dev
