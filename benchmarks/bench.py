@@ -118,7 +118,7 @@ def contenders(torch_python: str | None, shim: Path | None) -> list[Contender]:
             preload = {"LD_PRELOAD": str(shim)}
             found.append(Contender("torch_eager_avx512", eager, preload))
             found.append(Contender("torch_compiled_avx512", compiled, preload))
-    command = [sys.executable, "-c", "from cupytron.cli.main import run; run()"]
+    command = [sys.executable, "-P", "-c", "from cupytron.cli.main import run; run()"]
     found.append(Contender("cupytron", command))
     mpirun = Path(sys.executable).with_name("mpirun")
     if not mpirun.exists():

@@ -51,9 +51,9 @@ def seconds(place: Path, setting: str) -> float:
     sizes = ("model.vocab_size", "train.micro_batch", "train.sequence_length")
     numbers = [str(STEPS[setting]), *(str(chosen[size]) for size in sizes)]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, *numbers, *overrides],
-        env={**os.environ, "PYTHONPATH": str(place)},
-        cwd=place,  # it comes first in the child's path
+        [sys.executable, "-P", "-c", CHILD, *numbers, *overrides],
+        env={**os.environ, "PYTHONPATH": str(place)},  # it comes first in the child's path
+        cwd=place,
         capture_output=True,
         text=True,
         check=True,

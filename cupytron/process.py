@@ -32,6 +32,8 @@ for _ in range(12):
     best = min(best, time.perf_counter() - start)
 print(best)
 """
+# -P: modules that lie in the working directory, which may be a stranger's, are not imported
+CHILD = [sys.executable, "-P", "-c"]
 OWN_CHOICE = "OpenBLAS's own choice"
 _prepared_for: list[str] = []  # the wish for a kernel that was followed, once NumPy may be imported
 _WIN = 0.9  # another kernel must beat OpenBLAS's own choice by this much
@@ -256,7 +258,7 @@ def _seconds(kernel: str | None) -> float | None:
     try:
         with progress.patiently("measuring a BLAS kernel"):
             done = subprocess.run(
-                [sys.executable, "-c", _MEASURE],
+                [*CHILD, _MEASURE],
                 env=environment,
                 capture_output=True,
                 timeout=20,

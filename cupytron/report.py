@@ -294,12 +294,19 @@ def write_png(report: Report, out: str | Path) -> None:
         CupytronError: matplotlib is not installed.
     """
     try:
+        import matplotlib
         from matplotlib.figure import Figure  # not pyplot: it looks for a display
     except ImportError as error:
         raise CupytronError(
             "--png needs matplotlib, which is not installed; run: pip install 'cupytron[plot]'"
         ) from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    with matplotlib.rc_context():
+        # a matplotlibrc in the working directory may be a stranger's, and could have programs started
+        matplotlib.rcdefaults()
+        _draw(Figure(figsize=(8, 4.5), layout="constrained"), report, Path(out))
+
+
+def _draw(figure: Any, report: Report, out: Path) -> None:
     axes = figure.add_subplot()
     loss, val = report.curve("loss"), report.curve("val_loss")
     if loss:
@@ -316,7 +323,7 @@ def write_png(report: Report, out: str | Path) -> None:
     axes.set_ylim(*chart.bounds([y for _, y in (*loss, *val)]))
     axes.grid(alpha=0.3)
     axes.legend()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
 
 

@@ -11,7 +11,6 @@ process that may crash.
 import ctypes
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cupytron import backend
 from cupytron.comm.communicator import Communicator
 from cupytron.comm.gpu import Transport
 from cupytron.comm.half import ordered_sum
+from cupytron.process import CHILD
 
 
 class CUDAAware(Transport):
@@ -144,7 +144,7 @@ def trial(number: int, module: str = "cupy", seconds: float = _SECONDS) -> str |
     Returns: None if they arrived, else what went wrong.
     """
     code = _TRIAL.format(module=module, gpu=module == "cupy")
-    command = [sys.executable, "-c", code, str(number)]
+    command = [*CHILD, code, str(number)]
     try:
         done = subprocess.run(
             command,
