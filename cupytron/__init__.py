@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from cupytron.comm import ParallelContext, open_world, run_ranks
     from cupytron.config import ModelConfig, RunConfig, load_config, resolve_model
     from cupytron.errors import CupytronError
+    from cupytron.gradient_check import check_gradient
     from cupytron.layer import Chain, Layer, Parameter
     from cupytron.model import Transformer
     from cupytron.optim import SGD, AdamW
@@ -33,6 +34,7 @@ _WHERE = {
     "Trainer": "trainer",
     "Transformer": "model",
     "Zero": "parallel.zero",
+    "check_gradient": "gradient_check",
     "cut": "parallel.pipeline",
     "load": "trained",
     "load_config": "config",
@@ -58,6 +60,7 @@ __all__ = [
     "Trainer",
     "Transformer",
     "Zero",
+    "check_gradient",
     "cut",
     "load",
     "load_config",

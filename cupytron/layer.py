@@ -252,6 +252,10 @@ class Chain(Layer):
         super().materialize(seed, dtype)
         self._watched = True
 
+    def unwatch(self) -> None:
+        """Name no parameters after the next backward."""
+        self._watched = False
+
     def forward(self, x: Any, stash: Stash) -> Any:
         giver = None
         if self._watched and stash.keeps:

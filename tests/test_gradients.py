@@ -1,67 +1,31 @@
 """Directional derivatives in float64: every layer, every composite, the whole model of both families.
 
-One random direction through the input and all parameters at once, biases included, against central
-differences; relative error below 1e-6.
+Random directions through the input and through each parameter, biases included, against central
+differences; relative error below 1e-6 (cupytron.check_gradient).
 """
 
 import itertools
 
 import numpy as np
 import pytest
-from conftest import shake, small_config, small_model
+from conftest import small_config, small_model
 
+import cupytron
 from cupytron import nn, ops
+from cupytron.gradient_check import WrongGradient
 from cupytron.layer import Parameter, normal
-from cupytron.model import make_block
+from cupytron.model import Transformer, make_block
 from cupytron.stash import MicroBatch, Stash
 
 B, S, D = 2, 9, 16
 LIMIT = 1e-6
 
 
-def directional_error(layer, loss, x, dx, step=1e-5):
-    """Relative error of the gradient along a random direction; loss(x) runs forward alone."""
-    rng = np.random.default_rng(5)
-    directions = {n: rng.normal(size=p.data.shape) for n, p in layer.named_parameters()}
-    got = sum((p.grad * directions[n]).sum() for n, p in layer.named_parameters())
-    vx = None
-    if dx is not None:
-        vx = rng.normal(size=x.shape)
-        got += (dx * vx).sum()
-
-    def at(t):
-        for n, p in layer.named_parameters():
-            p.data += t * directions[n]
-        value = loss(x if vx is None else x + t * vx)
-        for n, p in layer.named_parameters():
-            p.data -= t * directions[n]
-        return value
-
-    # Richardson's combination of two central differences: error O(step^4)
-    fine, coarse = ((at(h) - at(-h)) / (2 * h) for h in (step, 2 * step))
-    want = (4 * fine - coarse) / 3
-    return abs(got - want) / abs(want)
-
-
-def check(layer, x, batch):
-    rng = np.random.default_rng(6)
-    layer.materialize(seed=1, dtype=np.float64)
-    shake(layer, rng)
-    stash = Stash(batch)
-    kept = x.copy()
-    y = layer.forward(x, stash)
-    dy = rng.normal(size=y.shape)
-    given = dy.copy()
-    dx = layer.backward(dy, stash)
-    assert len(stash) == 0
-    np.testing.assert_array_equal(x, kept, "forward changed its input")
-    np.testing.assert_array_equal(dy, given, "backward changed dy")
-    loss = lambda x: (layer.forward(x, Stash(batch).discarding()) * dy).sum()  # noqa: E731
-    assert directional_error(layer, loss, x, dx) < LIMIT
-
-
-def batch(training=True):
-    return MicroBatch(B, S, step=2, first_token=77, training=training, seed=4)
+def check(layer, training=True):
+    """Each gradient alone; forward must not change x, nor backward dy."""
+    report = cupytron.check_gradient(layer, (B * S, D), batch_size=B, training=training, seed=4)
+    report.raise_if_wrong()
+    assert max(report.errors.values()) < LIMIT
 
 
 def attention(**options):
@@ -93,24 +57,19 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(name, rng):
-    check(LAYERS[name](), rng.normal(size=(B * S, D)), batch())
+def test_layer(name):
+    check(LAYERS[name]())
 
 
-def test_dropout_and_positions_pass_in_evaluation(rng):
-    check(nn.Dropout(0.3), rng.normal(size=(B * S, D)), batch(training=False))
-    check(attention(dropout=0.3), rng.normal(size=(B * S, D)), batch(training=False))
+def test_dropout_and_positions_pass_in_evaluation():
+    check(nn.Dropout(0.3), training=False)
+    check(attention(dropout=0.3), training=False)
 
 
-def test_embedding(rng):
-    layer = nn.Embedding(12, D)
-    layer.materialize(1, np.float64)
-    ids, stash = rng.integers(0, 12, B * S), Stash(batch())
-    y = layer.forward(ids, stash)
-    dy = rng.normal(size=y.shape)
-    layer.backward(dy, stash)
-    loss = lambda ids: (layer.forward(ids, Stash(batch()).discarding()) * dy).sum()  # noqa: E731
-    assert directional_error(layer, loss, ids, None) < LIMIT
+def test_embedding():
+    report = cupytron.check_gradient(nn.Embedding(12, D), (B * S,), vocab_size=12, batch_size=B)
+    report.raise_if_wrong()
+    assert list(report.errors) == ["weight"]
 
 
 MODELS = list(
@@ -121,10 +80,9 @@ MODELS = list(
 
 
 @pytest.mark.parametrize(("family", "tied", "dropout", "recompute", "bias"), MODELS)
-def test_whole_model(rng, family, tied, dropout, recompute, bias):
+def test_whole_model(family, tied, dropout, recompute, bias):
     kv = 2 if family == "llama" else None
-    model = small_model(
-        rng,
+    config = small_config(
         family=family,
         tied=tied,
         dropout=dropout,
@@ -132,7 +90,7 @@ def test_whole_model(rng, family, tied, dropout, recompute, bias):
         bias=bias,
         num_kv_heads=kv,
     )
-    check_model(model, rng)
+    check_model(config)
 
 
 @pytest.mark.parametrize(
@@ -147,27 +105,18 @@ def test_whole_model(rng, family, tied, dropout, recompute, bias):
         {"num_layers": 1, "num_heads": 1, "d_model": 6},
     ],
 )
-def test_other_models(rng, settings):
-    # between the two sides of a small step hardly any input of a ReLU changes its sign
-    step = 1e-7 if settings.get("activation") == "relu" else 3e-5
-    check_model(small_model(rng, **settings), rng, step)
+def test_other_models(settings):
+    check_model(small_config(**settings))
 
 
-def check_model(model, rng, step=3e-5):
-    seq = model.config.context_length
-    micro = MicroBatch(B, seq, step=1, first_token=5, training=True, seed=9)
-    ids, targets = rng.integers(0, model.config.vocab_size, (2, B * seq))
-    targets[3:7] = ops.IGNORE
-    stash = Stash(micro)
-    logits = model.forward(ids, stash)
-    ops.cross_entropy(logits, targets, 0.1)
-    model.backward(logits, stash)
-    assert len(stash) == 0
-
-    def loss(ids):
-        return ops.cross_entropy(model.forward(ids, Stash(micro).discarding()), targets, 0.1)
-
-    assert directional_error(model, loss, ids, None, step) < LIMIT
+def check_model(config):
+    """Of the loss, by which some targets do not count, and of all that the logits depend on."""
+    shape = (B * config.context_length,)
+    report = cupytron.check_gradient(
+        Transformer(config), shape, vocab_size=config.vocab_size, batch_size=B, seed=9
+    )
+    report.raise_if_wrong()
+    assert max(report.errors.values()) < LIMIT and "logits, of loss" in report.errors
 
 
 def test_recompute_gives_the_same_bits_and_keeps_less(rng):
@@ -205,14 +154,14 @@ def test_deferred_weight_gradients_are_the_same(rng):
         np.testing.assert_allclose(a.grad, b.grad, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
-def test_a_dropped_residual_is_caught(rng, monkeypatch):
+def test_a_dropped_residual_is_caught(monkeypatch):
     """The bug of one of the systems that this one replaces: the check must see it."""
     right = nn.LayerNorm.backward
     monkeypatch.setattr(
         nn.LayerNorm, "backward", lambda self, dy, stash, residual=None: right(self, dy, stash)
     )
-    with pytest.raises(AssertionError):
-        check(make_block(small_config()), rng.normal(size=(B * S, D)), batch())
+    with pytest.raises(WrongGradient, match="Block: "):
+        check(make_block(small_config()))
 
 
 def test_backward_in_the_wrong_order_is_named(rng):

@@ -38,7 +38,7 @@ LAYERS = [
     {"ops"},
     {"kernels"},
     {"layer", "layer_checks", "stash"},
-    {"nn"},
+    {"nn", "gradient_check", "gradient_kinds"},
     {"model"},
     {"checkpoint", "checkpoint_files", "checkpoint_folders", "checkpoint_format", "piece_table"},
     {"parallel", "optim"},
