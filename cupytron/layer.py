@@ -321,6 +321,9 @@ class Wrapper(Layer):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    def describe(self) -> str:
+        return self.inner.describe()
+
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         yield from self.inner.named_layers(prefix)
 

@@ -280,7 +280,7 @@ class InAList(OwnChain):
             "1f1b",
             0,
             {"counts": [2, 3]},
-            "would be sent a tuple; a layer of a chain passes on one",
+            "Two lift: forward returned a tuple; return one array",
         ),
         (InAList, "1f1b", 0, {}, "InAList.more: layers and parameters in a list have no names"),
     ],
