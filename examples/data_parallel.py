@@ -1,6 +1,7 @@
 """Data parallelism: each replica has all weights, and runs its share of the micro-batches.
 
 All four: python examples/data_parallel.py; two each: mpirun -n 2 python examples/data_parallel.py
+The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch
@@ -30,3 +31,4 @@ if __name__ == "__main__":
         if world.rank == 0:
             print("\n".join(f"step {i:2}  loss {losses[i]:.8f}" for i in (0, 20, 40, 59)))
             print(f"{world.size} replicas, and one process has the same bits: {losses == alone}")
+            print("(the same numbers; own_model.py checks that they are the right ones)")

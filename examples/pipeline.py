@@ -1,6 +1,7 @@
 """A pipeline: each rank has some of the layers, and passes activations on; the losses stay.
 
 Alone: python examples/pipeline.py; two stages: mpirun -n 2 python examples/pipeline.py
+The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch

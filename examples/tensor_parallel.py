@@ -1,6 +1,7 @@
 """Tensor parallelism: `up` is cut by columns, `down` by rows, both tables by letters.
 
 Whole: python examples/tensor_parallel.py; halves: mpirun -n 2 python examples/tensor_parallel.py
+The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch

@@ -1,6 +1,7 @@
 """ZeRO: optimizer state (1), gradients (2), weights (3) are shared out; the losses stay.
 
 Alone: python examples/zero.py; two share: mpirun -n 2 python examples/zero.py
+The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch

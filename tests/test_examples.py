@@ -48,6 +48,24 @@ def test_an_example_is_short_and_its_loss_falls(script):
     assert losses(alone(script))[0] == losses(alone(SCRIPTS[0]))[0]  # from the same weights
 
 
+def test_the_model_s_gradients_are_checked_and_a_wrong_backward_is_named(tmp_path):
+    """The other examples cannot see it: on any mesh its wrong numbers are the same."""
+    said = output([sys.executable, str(EXAMPLES / "own_model.py")])
+    assert said.startswith("OwnModel: backward is right, 9 gradients")
+    right = (EXAMPLES / "own_model.py").read_text()
+    head, tail = right.split("def backward(self, dm, stash)")
+    wrong = f"{head}def backward(self, dm, stash){tail.replace('/ 2', '/ 3', 1)}"
+    assert wrong != right
+    (tmp_path / "own_model.py").write_text(wrong)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "own_model.py")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "Memory memory, x: what a token's dy gives" in done.stderr
+    for script in SCRIPTS:
+        assert "do not prove that a backward is right" in (EXAMPLES / f"{script}.py").read_text()
+    assert "own_model.py checks that they are the right ones" in alone("data_parallel")
+
+
 @pytest.mark.parametrize("launcher", NAMES)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_print_the_losses_of_one(script, launcher):
