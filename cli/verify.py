@@ -55,6 +55,13 @@ SHOWN = 8  # lines of the table
     help="Steps that both train, and that are compared.",
 )
 @option(
+    "--model",
+    "own",
+    metavar="FILE:CLASS",
+    heading="Comparison",
+    help="Your own model. FILE is executed: name only a Python file that you trust.",
+)
+@option(
     "--sweep",
     metavar="FILE",
     heading="Comparison",
@@ -68,17 +75,22 @@ SHOWN = 8  # lines of the table
     help="Print an object for each case.",
 )
 @settings_options(unused=UNUSED, defaults=False)
-def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) -> int:
+def command(
+    settings: Settings, steps: int, own: str | None, sweep: str | None, as_json: bool
+) -> int:
     """Train on one process and on a mesh, and compare loss, gradients and weights after each step.
 
     The mesh's ranks are threads, or processes under mpirun. Without --preset and --config a tiny model is
     taken, in float64; without --tp, --pp and --dp a mesh of tp=2 x dp=2. The exit code is 1 if a number
     differs.
+
+    With --model FILE:CLASS it is CLASS() of your Python file, whose gradients are checked first. The class
+    needs a `loss`, and for --tp above 1 a `tensor_plan` (docs/own-layers.md).
     """
     cases = [(" ".join(settings.overrides), settings)]
     if sweep:
         cases = [(line, parse_settings(line, settings, UNUSED)) for line in _lines(Path(sweep))]
-    configs = [(name, _config(case, name if sweep else None)) for name, case in cases]
+    configs = [(name, _config(case, name if sweep else None, own)) for name, case in cases]
     set_timeout(configs[0][1].parallel.timeout)
     prepare_process(configs[0][1])
 
@@ -86,13 +98,19 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     from cupytron.comm import open_world
     from cupytron.mesh_run import check_alike, watched
 
+    model = _own(own, configs) if own else None
     world = open_world()
     check_alike(world, steps=steps, cases=[str(config) for _, config in configs])
+    if model is not None:
+        gradients = model.check(configs[0][1])
+        gradients.raise_if_wrong()
+        if world.rank == 0 and not as_json:
+            say_page(str(gradients))
     failed = 0
     found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
         with watched(world, config.parallel.timeout):
-            report = verify.run(config, steps, world, found, progress.note)
+            report = verify.run(config, steps, world, found, progress.note, model)
         failed += not report.ok
         if world.rank == 0:
             if as_json:
@@ -110,6 +128,15 @@ def command(settings: Settings, steps: int, sweep: str | None, as_json: bool) ->
     return 1 if failed else 0
 
 
+def _own(name: str, configs: list[tuple[str, "RunConfig"]]) -> Any:
+    """The user's model; its vocabulary goes into the settings of all cases."""
+    from cupytron.own_model import OwnModel
+
+    model = OwnModel.load(name)
+    configs[:] = [(line, model.settings(config)) for line, config in configs]
+    return model
+
+
 def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -121,11 +148,12 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _config(settings: Settings, line: str | None) -> "RunConfig":
+def _config(settings: Settings, line: str | None, own: str | None = None) -> "RunConfig":
     """The case's settings: what is not given comes from the small model, or suits the mesh.
 
     Args:
         line: of the sweep's file, which may need fewer ranks than there are; None: the command's own.
+        own: a user's model, which may be without a plan for tp.
     """
     from cupytron.config import load_config
     from cupytron.errors import ConfigError
@@ -138,7 +166,7 @@ def _config(settings: Settings, line: str | None) -> "RunConfig":
     given = {text.partition("=")[0].strip() for text in settings.overrides}
     tasks = launched_tasks()
     if tasks == 1 and not given & {"parallel.tp", "parallel.pp", "parallel.dp"}:
-        start += ["parallel.tp=2", "parallel.dp=2"]
+        start += ["parallel.dp=2"] if own else ["parallel.tp=2", "parallel.dp=2"]
 
     def load(*more: str, check: bool = True) -> "RunConfig":
         overrides = [*start, *more, *settings.overrides]

@@ -9,7 +9,7 @@ import numpy as np
 from cupytron import backend, ops, optim
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
-from cupytron.config import RunConfig, resolve_model
+from cupytron.config import ModelConfig, RunConfig, resolve_model
 from cupytron.errors import CheckpointError, CupytronError
 from cupytron.layer import Parameter
 from cupytron.parallel import drift
@@ -69,12 +69,17 @@ class Trainer:
         self.step = 0  # steps done
         self.position = 0  # sequences seen: where in the global sample order the next step begins
         self.local_sequences = local_sequences(config, self.context.dp.rank, self.context.dp.size)
-        self.model, self.zero = build(config, model_config, self.context)
+        self.vocab_size = int(model_config.vocab_size or 0)
+        self.model, self.zero = self.build_model(model_config)
         self.optimizer = optim.OPTIMIZERS[config.optim.name](config.optim)
         self.updates = 0  # steps that changed the weights: all, but for those that overflowed
         self.loss_scale = optim.LossScale(config.train.loss_scale, dynamic=config.scales_loss)
         self._gpu: Any = None  # gpu_step.GPUStep, on a GPU
         self._tuned = False  # whether the first step has been, in which kernels are tried
+
+    def build_model(self, model: ModelConfig) -> tuple[Any, Zero]:
+        """The model on the mesh, not materialised."""
+        return build(self.config, model, self.context)
 
     def materialize(self, initial: bool = True) -> None:
         """Allocate weights, gradients and optimizer state.

@@ -20,6 +20,7 @@ from cupytron.errors import ConfigError, CupytronError
 from cupytron.layer import Init, Layer
 from cupytron.mesh_run import open_mesh
 from cupytron.ops import philox
+from cupytron.own_model import OwnModel, OwnTrainer
 from cupytron.parallel import drift
 from cupytron.parallel.pipeline import cut
 from cupytron.progress import Note, unwatched
@@ -85,9 +86,11 @@ class Reference(NamedTuple):
     gradient_error: float | None
 
 
-def reference(config: RunConfig, steps: int, note: Note = unwatched) -> Reference:
+def reference(
+    config: RunConfig, steps: int, note: Note = unwatched, own: OwnModel | None = None
+) -> Reference:
     """Train on one process. config.model.vocab_size is set."""
-    trainer = _trainer(one_process(config), open_mesh(one_process(config)))
+    trainer = _trainer(one_process(config), open_mesh(one_process(config)), own)
     error = _gradient_error(trainer) if config.train.dtype == "float64" else None
     done = []
     for _ in range(steps):
@@ -115,10 +118,14 @@ def one_process(config: RunConfig) -> RunConfig:
 
 
 def compare(
-    config: RunConfig, context: ParallelContext, one: Reference, note: Note = unwatched
+    config: RunConfig,
+    context: ParallelContext,
+    one: Reference,
+    note: Note = unwatched,
+    own: OwnModel | None = None,
 ) -> Report:
     """Train on the mesh, step by step beside the reference. Collective over context.world."""
-    trainer = _trainer(config, context)
+    trainer = _trainer(config, context, own)
     found: dict[tuple[str, str], Difference] = {}
     replicas_equal, slack = True, 0.0
     for number, expected in enumerate(one.steps, start=1):
@@ -149,8 +156,8 @@ def compare(
     )
 
 
-def _trainer(config: RunConfig, context: ParallelContext) -> Trainer:
-    trainer = Trainer(config, None, context)
+def _trainer(config: RunConfig, context: ParallelContext, own: OwnModel | None) -> Trainer:
+    trainer = OwnTrainer(own, config, context) if own else Trainer(config, None, context)
     shake(trainer.model)
     trainer.materialize()
     return trainer
@@ -172,7 +179,7 @@ def shake(model: Layer, size: float = 0.1) -> None:
 
 def _batch(trainer: Trainer) -> tuple[Any, Any]:
     """This replica's part of a step's random tokens; the later a sequence, the fewer targets count."""
-    config, vocab = trainer.config, int(trainer.model.config.vocab_size or 0)
+    config, vocab = trainer.config, trainer.vocab_size
     rng = np.random.default_rng([config.train.seed, trainer.step])
     shape = (config.global_batch, config.train.sequence_length)
     inputs, targets = rng.integers(0, vocab, (2, *shape))
@@ -290,6 +297,7 @@ def run(
     world: Communicator | None = None,
     found: dict[Any, Reference] | None = None,
     note: Note = unwatched,
+    own: OwnModel | None = None,
 ) -> Report:
     """Train on one process and on the mesh, and compare.
 
@@ -300,6 +308,7 @@ def run(
             the mesh's ranks are threads.
         found: references by what they depend on; kept and used again for other meshes.
         note: called before each step with its number and a phrase.
+        own: a user's model to train; None: the Transformer of config.model.
 
     Returns: the same report on every rank.
 
@@ -322,23 +331,25 @@ def run(
         )
     key = (one_process(config), steps)
     if key not in found:
-        found[key] = reference(config, steps, note)
+        found[key] = reference(config, steps, note, own)
     if world.size == 1:
         timeout = parallel.timeout or 10.0**7
         reports = run_ranks(
-            size, lambda ranks: _compare(config, ranks, found[key], unwatched), timeout
+            size, lambda ranks: _compare(config, ranks, found[key], unwatched, own), timeout
         )
         return reports[0]
     # a case may need fewer ranks than there are
     group = world.split(int(world.rank >= size), world.rank, "world")
-    report = _compare(config, group, found[key], note) if world.rank < size else None
+    report = _compare(config, group, found[key], note, own) if world.rank < size else None
     group.close()
     return world.gather_objects(report if world.rank == 0 else None)[0]
 
 
-def _compare(config: RunConfig, world: Communicator, one: Reference, note: Note) -> Report:
+def _compare(
+    config: RunConfig, world: Communicator, one: Reference, note: Note, own: OwnModel | None
+) -> Report:
     context = open_mesh(config, world)
     try:
-        return compare(config, context, one, note)
+        return compare(config, context, one, note, own)
     finally:
         context.close()

@@ -59,6 +59,7 @@ LAYERS = [
         "source",
         "history",
         "mesh_run",
+        "own_model",
         "verify",
         "trained",
         "report",
