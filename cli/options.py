@@ -164,15 +164,33 @@ def data_vocabulary(config: "RunConfig") -> int | None:
     return open_dataset(config.data.path).vocab_size
 
 
-def prepare_for_run(run: str) -> None:
-    """Prepare the process as a run's own settings say."""
+def prepare_for_run(run: str) -> "RunConfig":
+    """Prepare the process as a run's own settings say; returns them."""
     from cupytron.config import load_config
     from cupytron.sealed import require_run, sealed_settings
 
     require_run(Path(run))
     start = sealed_settings(Path(run))
     file = None if start else Path(run) / "config.toml"
-    prepare_process(load_config(file=file, check=False, start=start))
+    config = load_config(file=file, check=False, start=start)
+    prepare_process(config)
+    return config
+
+
+def check_model_mesh(config: "RunConfig", tp: int, pp: int) -> None:
+    """Refuse a mesh that a trained model does not fit, before MPI begins, with those that it fits.
+
+    Raises:
+        ConfigError: saying what fits.
+    """
+    from cupytron.config import load_config
+    from cupytron.launcher import launched_tasks
+
+    ranks = launched_tasks()
+    # any number of replicas can share a batch of `ranks` sequences
+    batch = ["train.sequence_length=1", "train.micro_batch=1", f"train.global_batch={ranks}"]
+    mesh = [f"parallel.tp={tp}", f"parallel.pp={pp}"]
+    load_config(start={"model": config.model.model_dump()}, overrides=[*batch, *mesh], ranks=ranks)
 
 
 class Seconds(click.FloatRange):
@@ -258,7 +276,7 @@ def trained_model(
     Yields: the model, progress.note, and whether this rank is the one that speaks.
     """
     set_timeout(timeout)
-    prepare_for_run(run)
+    check_model_mesh(prepare_for_run(run), tp, pp)
 
     from cupytron import load, progress
     from cupytron.comm import open_world

@@ -28,12 +28,12 @@ def check_model(model: "ModelConfig") -> Iterator[Problem]:
         yield Problem(
             ("model.num_heads", "model.d_model"),
             f"model.num_heads={heads}: does not divide model.d_model={width}; "
-            f"choose num_heads from {_divisors(width, heads)}",
+            f"choose num_heads from {_heads(model, position == 'rotary' and width % 2 == 0)}",
         )
     elif position == "rotary" and model.head_size % 2:
         way_out = "choose an even d_model"
         if width % 2 == 0:
-            way_out = f"choose num_heads from {_divisors(width // 2, heads)}"
+            way_out = f"choose num_heads from {_heads(model, pairs=True)}"
         yield Problem(
             ("model.num_heads", "model.d_model", "model.position", "model.family"),
             f"model.num_heads={heads}: gives heads of odd size {model.head_size}, "
@@ -47,12 +47,26 @@ def check_model(model: "ModelConfig") -> Iterator[Problem]:
         )
 
 
+def _heads(model: "ModelConfig", pairs: bool) -> str:
+    """The numbers of heads that the rest of the model can have, as a list for a reader.
+
+    Args:
+        pairs: whether heads need an even size.
+    """
+    width, kv_heads = model.d_model, model.num_kv_heads or 1
+    fits = [n for n in divisors(width // 2 if pairs else width) if n % kv_heads == 0]
+    if not fits:
+        return f"the divisors of d_model={width}, and leave out num_kv_heads={kv_heads}"
+    return _nearest(fits, model.num_heads)
+
+
 def check_run(config: "RunConfig") -> Iterator[Problem]:
     """Checks between sections; those within `model` are `check_model`'s."""
     train, optim, context = config.train, config.optim, config.model.context_length
     if config.global_batch % train.micro_batch:
-        below = config.global_batch // train.micro_batch * train.micro_batch
-        choices = [str(b) for b in (below, below + train.micro_batch) if b]
+        size = train.micro_batch * (config.parallel.dp or 1)
+        below = config.global_batch // size * size
+        choices = [str(b) for b in (below, below + size) if b]
         yield Problem(
             ("train.global_batch", "train.micro_batch"),
             f"train.global_batch={config.global_batch}: is not a multiple of "
@@ -110,10 +124,13 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
     if heads % p.tp:
         # a tensor rank holds whole groups of queries with their key and value
         kind = "model.num_kv_heads" if model.num_kv_heads else "model.num_heads"
+        choices = f"tp from {', '.join(map(str, divisors(heads)))}"
+        if ranks is not None:
+            fitting = _choices(config, ranks)
+            choices = f"from {fitting}" if fitting else f"{choices}, and as many ranks as fit"
         yield Problem(
             ("parallel.tp", kind),
-            f"parallel.tp={p.tp}: does not divide {kind}={heads}; choose tp from "
-            f"{', '.join(map(str, divisors(heads)))}",
+            f"parallel.tp={p.tp}: does not divide {kind}={heads}; choose {choices}",
         )
     tokens = train.micro_batch * train.sequence_length
     if p.sp and tokens % p.tp:
@@ -136,26 +153,76 @@ def check_mesh(config: "RunConfig", ranks: int | None = None) -> Iterator[Proble
         yield Problem(
             ("train.deterministic", "parallel.dp"),
             f"train.deterministic=true: dp={dp} replicas cannot be the levels of a binary tree; choose "
-            f"dp from {', '.join(map(str, divisors(MOST_REPLICAS)))}",
+            f"dp from {', '.join(map(str, divisors(MOST_REPLICAS)))}, and start tp x pp x dp ranks",
         )
 
 
 def _misfit(config: "RunConfig", ranks: int) -> str:
     """That the mesh does not fit the ranks, and what does."""
     p = config.parallel
-    stages = [p.pp] if ranks % p.pp == 0 else divisors(ranks)
-
-    def spell(tp: int, pp: int, dp: int | None) -> str:
-        sizes = {"tp": tp, **({"pp": pp} if p.pp > 1 else {}), **({"dp": dp} if dp else {})}
-        return " ".join(f"{axis}={size}" for axis, size in sizes.items())
-
-    fits = [spell(tp, pp, ranks // pp // tp) for pp in stages for tp in divisors(ranks // pp)]
-    asked = spell(p.tp, p.pp, p.dp).replace(" ", " x ")
+    ways = [f"choose from {found}"] if (found := _choices(config, ranks)) else []
+    batch = _batch_for(config, p.tp, p.pp, p.dp or 1)
+    if batch is not None:
+        more = f" with train.global_batch={batch}" if batch != config.global_batch else ""
+        ways.append(f"start {p.ranks} ranks (mpirun -n {p.ranks}){more}")
+    if not ways:
+        fewer = range(ranks - 1, max(0, ranks - MOST_REPLICAS), -1)
+        found, start = next(((c, n) for n in fewer if (c := _choices(config, n))), ("", 0))
+        ways = [
+            f"start {start} rank{'s' * (start > 1)}, which can be {found}"
+            if found
+            else "no mesh fits this model; change parallel.split, parallel.chunks or parallel.schedule"
+        ]
+    asked = _spell(config, p.tp, p.pp, p.dp).replace(" ", " x ")
     return (
         f"parallel.tp={p.tp}: {asked} does not fit {ranks} {'rank' if ranks == 1 else 'ranks'}; "
-        f"choose from {', '.join(fits[: 2 * MOST_CHOICES])}, or start {p.ranks} ranks "
-        f"(mpirun -n {p.ranks})"
+        f"{', or '.join(ways)}"
     )
+
+
+def _spell(config: "RunConfig", tp: int, pp: int, dp: int | None) -> str:
+    sizes = {
+        "tp": tp,
+        **({"pp": pp} if max(pp, config.parallel.pp) > 1 else {}),
+        **({"dp": dp} if dp else {}),
+    }
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _choices(config: "RunConfig", ranks: int) -> str:
+    """The meshes of so many ranks that the model can have, and the batches that they need; empty if none.
+
+    The stages that were asked for stay if they can.
+    """
+    asked = config.parallel.pp
+    for stages in ([asked] if ranks % asked == 0 else [], divisors(ranks)):
+        sizes = [(tp, pp, ranks // pp // tp) for pp in stages for tp in divisors(ranks // pp)]
+        batches = {mesh: batch for mesh in sizes if (batch := _batch_for(config, *mesh))}
+        if batches:
+            break
+    shown = list(batches)[: 2 * MOST_CHOICES]
+    other = {dp: batches[tp, pp, dp] for tp, pp, dp in shown}
+    needs = [
+        f"dp={dp} needs train.global_batch={batch}"
+        for dp, batch in other.items()
+        if batch != config.global_batch
+    ]
+    return ", ".join(_spell(config, *mesh) for mesh in shown) + (
+        f" ({', '.join(needs)})" if needs else ""
+    )
+
+
+def _batch_for(config: "RunConfig", tp: int, pp: int, dp: int) -> int | None:
+    """The global batch with which the model fits a mesh: its own, or else the next; None if none does."""
+    size = config.train.micro_batch * dp
+    batch = -(-config.global_batch // size) * size
+    changed = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={"tp": tp, "pp": pp, "dp": dp}),
+            "train": config.train.model_copy(update={"global_batch": batch}),
+        }
+    )
+    return None if any(check_mesh(changed)) else batch
 
 
 def _check_pipeline(config: "RunConfig") -> Iterator[Problem]:
@@ -198,5 +265,10 @@ def divisors(number: int) -> list[int]:
 
 def _divisors(number: int, near: int) -> str:
     """Divisors of a number as a list for a reader: all, or the nearest."""
-    chosen = sorted(divisors(number), key=lambda d: abs(d - near))[:MOST_CHOICES]
+    return _nearest(divisors(number), near)
+
+
+def _nearest(choices: list[int], near: int) -> str:
+    """The choices as a list for a reader: all, or the nearest."""
+    chosen = sorted(choices, key=lambda d: abs(d - near))[:MOST_CHOICES]
     return ", ".join(map(str, sorted(chosen)))

@@ -354,7 +354,7 @@ def test_heads_that_tp_does_not_divide_are_refused_with_the_list():
         (
             8,
             ["parallel.tp=3"],
-            "does not fit 8 ranks; choose from tp=1 dp=8, tp=2 dp=4, tp=4 dp=2, tp=8",
+            r"does not fit 8 ranks; choose from tp=1 dp=8, tp=2 dp=4, tp=4 dp=2 \(dp=8 needs train.glo",
         ),
         (2, ["parallel.dp=4"], r"tp=1 x dp=4 does not fit 2 ranks.*mpirun -n 4"),
         (
