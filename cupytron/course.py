@@ -1,7 +1,7 @@
-"""The course of a resumed run: what changed settings do to it, said before the first step.
+"""The course of a run: what small data and changed settings do to it, said before the first step.
 
-A run that is made longer stretches a schedule whose end follows train.max_steps. Its learning rate may then
-jump, and settings that count steps or sequences mean other amounts of text.
+A resumed run that is made longer stretches a schedule whose end follows train.max_steps. Its learning rate
+may then jump, and settings that count steps or sequences mean other amounts of text.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 from cupytron.config import RunConfig
+from cupytron.data import Dataset
 from cupytron.optim import learning_rate
 
 _SHAPE = ("schedule", "lr", "min_lr", "warmup_steps", "decay_steps")  # of `optim`
@@ -100,7 +101,7 @@ def _keeping(old: Schedule, new: Schedule, step: int) -> str:
         return ""
     # the end of wsd is max_steps itself, so no longer run can have the old one
     rate = float(f"{then:.4g}")
-    constant = {"schedule": "constant", "lr": rate}
+    constant: dict[str, str | int | float] = {"schedule": "constant", "lr": rate}
     constant |= {"min_lr": rate} if now.min_lr > rate else {}
     constant |= {"warmup_steps": step} if now.optim.warmup_steps > step else {}
     return f"to stay at {then:.3g}, add {_flags(constant)}"
@@ -137,4 +138,27 @@ def portions_changed(before: RunConfig, now: RunConfig) -> Iterator[str]:
         yield (
             "another train.seed puts the samples in another order, so this epoch may show some of "
             "them twice and others not at all"
+        )
+
+
+def small_data(config: RunConfig, dataset: Dataset, samples: int) -> Iterator[str]:
+    """A line for each split that is too small for the settings, though it can be used.
+
+    Args:
+        config: the settings in use.
+        dataset: the run's data.
+        samples: sequences of an epoch.
+    """
+    if samples < config.global_batch:
+        times = -(-config.global_batch // samples)
+        yield (
+            f"train.global_batch={config.global_batch}: the data set has {samples} sequences of "
+            f"{config.train.sequence_length} tokens, so a step sees the same text up to {times} times; "
+            "lower train.global_batch or train.sequence_length, or prepare more text"
+        )
+    if (tokens := dataset.val.num_tokens) < 2:
+        yield (
+            f"{dataset.path}: its validation split has {tokens} token{'s' * (tokens != 1)}, so no "
+            "validation loss is measured, and the last checkpoint counts as the best; prepare the data "
+            "with a larger --val-fraction"
         )

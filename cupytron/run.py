@@ -15,6 +15,7 @@ from cupytron.agreement import check_shared
 from cupytron.checkpoint import Checkpoint
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
+from cupytron.course import small_data
 from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.durable import way_out
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
@@ -237,6 +238,8 @@ class _Run:
             f"a step, {self.loader.samples_per_epoch:,} sequences an epoch; "
             "GFLOP/s with attention counted whole/causal"
         )
+        for line in small_data(self.config, self.dataset, self.loader.samples_per_epoch):
+            self._warn(line)
         step, end = self.trainer.step, self.config.train.max_steps
         if self.trace and (self.trace.last <= step or self.trace.first >= end):
             self._warn(

@@ -83,7 +83,13 @@ def write_dataset(
         sidecar.write(path.with_suffix(".json"))
         sidecars.append(sidecar)
     train, val = sidecars
-    return Written(train, val, encoder.notes() + _separator_notes(tokenizer, writer.documents))
+    notes = encoder.notes() + _separator_notes(tokenizer, writer.documents)
+    if val_fraction and val.tokens < 2:
+        notes.append(
+            f"the validation split has {val.tokens} token{'s' * (val.tokens != 1)}, and a loss needs 2; "
+            "give a larger --val-fraction or more text"
+        )
+    return Written(train, val, notes)
 
 
 def _separator_notes(tokenizer: Tokenizer | None, documents: int) -> list[str]:

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, TINY, make_data, run_here
+from runs import ENVIRONMENT, TEXT, TINY, make_data, run_here
 
 from cupytron.config import load_config
 from cupytron.course import schedule_changed
+from cupytron.data import prepare_dataset
 from cupytron.optim import learning_rate
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
@@ -152,3 +153,42 @@ def test_a_resumed_run_says_it_before_its_first_step_and_its_advice_works(data, 
 def test_what_other_portions_mean_is_said(data, tmp_path, capsys, change, words):
     changes = [change, "optim.decay_steps=12", "model.context_length=16"]
     assert words in resumed(data, tmp_path / "run", capsys, *changes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (0, "its validation split has 0 tokens, so no"),
+        (1, "its validation split has 1 token, so no"),
+    ],
+)
+def test_a_split_without_a_loss_is_said_when_it_is_made_and_when_it_is_used(
+    tmp_path, capsys, tokens, words
+):
+    (tmp_path / "text.txt").write_text(TEXT[:1000])
+    made = prepare_dataset(
+        [str(tmp_path / "text.txt")], tmp_path / "data", "char", val_fraction=tokens / 1000
+    )
+    assert made.val.tokens == tokens
+    # none at all was asked for
+    noted = any("a loss needs 2; give a larger --val-fraction" in note for note in made.notes)
+    assert noted == bool(tokens)
+    config = [*TINY, f'data.path="{tmp_path / "data"}"', "train.max_steps=1"]
+    outcome = train(load_config(overrides=config), tmp_path / "run", dict(ENVIRONMENT))
+    assert outcome.val_loss is None
+    said = capsys.readouterr().out
+    assert said.count(words) == 1 and "a larger --val-fraction" in said
+    assert said.index(words) < said.index("step 1/1")
+
+
+@pytest.mark.parametrize(("size", "times"), [(100, 2), (50, 8), (1000, 0)])
+def test_data_that_are_too_small_for_a_batch_are_said(tmp_path, capsys, size, times):
+    """A step of 8 sequences of 16 tokens."""
+    (tmp_path / "text.txt").write_text(TEXT[:size])
+    prepare_dataset([str(tmp_path / "text.txt")], tmp_path / "data", "char", val_fraction=0.05)
+    config = [*TINY, f'data.path="{tmp_path / "data"}"', "train.max_steps=1"]
+    train(load_config(overrides=config), tmp_path / "run", dict(ENVIRONMENT))
+    said = capsys.readouterr().out
+    assert ("train.global_batch=8: the data set has" in said) == bool(times)
+    if times:
+        assert f"a step sees the same text up to {times} times; lower train.global_batch" in said
