@@ -53,6 +53,7 @@ def command(settings: Settings, out: Path | None) -> None:
     from cupytron.errors import ConfigError
     from cupytron.kernels.candidates import allowed
     from cupytron.mesh_run import check_alike, watched
+    from cupytron.terminal import shown
     from cupytron.tune import tune
 
     if not allowed(config):
@@ -62,7 +63,7 @@ def command(settings: Settings, out: Path | None) -> None:
     vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config)
-    with watched(world, config.parallel.timeout):
+    with watched(world, config.parallel.timeout), shown(world.rank == 0):
         tuner = tune(config, vocab_size, world, progress.note)
     if world.rank:
         return

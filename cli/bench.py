@@ -51,12 +51,13 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
     from cupytron.bench import measure
     from cupytron.comm import open_world
     from cupytron.mesh_run import check_alike, watched
-    from cupytron.metrics import mfu_text
+    from cupytron.metrics import gflops_text, mfu_text
+    from cupytron.terminal import shown
 
     vocab_size = data_vocabulary(config)
     world = open_world()
     check_alike(world, settings=config, steps=steps, peak=peak_tflops)
-    with watched(world, config.parallel.timeout):
+    with watched(world, config.parallel.timeout), shown(world.rank == 0):
         result = measure(config, steps, environment, vocab_size, world, progress.note, peak_tflops)
     if world.rank:
         return
@@ -65,7 +66,6 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
         return
     say(
         f"{result['ms_per_step']:.2f} ms a step  {result['tokens_per_second']:,.0f} tokens/s  "
-        f"{result['gflops_per_second']:,.0f} ({result['gflops_per_second_causal']:,.0f} causal) "
-        f"GFLOP/s{mfu_text(result)}  {result['peak_memory_bytes'] / 2**20:,.0f} MB  "
-        f"{result['parameters']:,} parameters"
+        f"{result['peak_memory_bytes'] / 2**20:,.0f} MB  {result['parameters']:,} parameters\n"
+        f"{gflops_text(result)}{mfu_text(result)}"
     )

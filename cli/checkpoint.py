@@ -37,11 +37,19 @@ def ls(run: str) -> None:
 @click.argument("run", type=Folder(), metavar="RUN")
 def verify(run: str) -> int:
     """Check every file of every checkpoint; exit code 1 if one is damaged or cannot be read."""
+    from cupytron import progress
+    from cupytron.checkpoint import Checkpoint
     from cupytron.errors import CheckpointError
     from cupytron.run_folder import RunFolder
+    from cupytron.terminal import shown
+
+    def check(found: Checkpoint) -> None:
+        progress.note(found.step, "verifying")
+        with shown(True):
+            found.verify()
 
     failed = seen = 0
-    for step, result in RunFolder(run).require().survey(lambda found: found.verify()):
+    for step, result in RunFolder(run).require().survey(check):
         seen += 1
         failed += result is not None
         say(f"{step:>8}  {'whole' if result is None else _state(result)}")

@@ -5,6 +5,7 @@ import click
 from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import checkpoint_option, mesh_options, trained_model
 from cupytron.cli.say import say, say_json
+from cupytron.terminal import shown
 
 
 @click.command(
@@ -33,7 +34,7 @@ def command(
 ) -> None:
     """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
     opened = trained_model(run, checkpoint, tp or 1, pp, zero, device, timeout, data=data)
-    with opened as (model, note, first):
+    with opened as (model, note, first), shown(first):
         result = model.evaluate(data, note)
     if not first:
         return

@@ -282,6 +282,7 @@ def trained_model(
     from cupytron.comm import open_world
     from cupytron.config import ParallelConfig, RunConfig
     from cupytron.mesh_run import check_alike, open_mesh, watched
+    from cupytron.terminal import shown
 
     world = open_world()
     first = world.rank == 0
@@ -294,7 +295,9 @@ def trained_model(
     with watched(world, timeout):
         mesh = ParallelConfig.model_validate({"tp": tp, "pp": pp, "device": device})
         context = open_mesh(RunConfig(parallel=mesh), world)
-        yield load(run, checkpoint, warn, context, zero), progress.note, first
+        with shown(first):
+            model = load(run, checkpoint, warn, context, zero)
+        yield model, progress.note, first
 
 
 def settings_options(

@@ -13,7 +13,7 @@ from cupytron.cli.options import (
     set_timeout,
     settings_options,
 )
-from cupytron.cli.say import say, say_json
+from cupytron.cli.say import say, say_json, say_page
 
 if TYPE_CHECKING:
     from cupytron.config import RunConfig
@@ -97,6 +97,7 @@ def command(
     from cupytron import progress, verify
     from cupytron.comm import open_world
     from cupytron.mesh_run import check_alike, watched
+    from cupytron.terminal import shown
 
     model = _own(own, configs) if own else None
     world = open_world()
@@ -109,7 +110,7 @@ def command(
     failed = 0
     found: dict[Any, Any] = {}  # one-process runs that several cases share
     for number, (name, config) in enumerate(configs, start=1):
-        with watched(world, config.parallel.timeout):
+        with watched(world, config.parallel.timeout), shown(world.rank == 0):
             report = verify.run(config, steps, world, found, progress.note, model)
         failed += not report.ok
         if world.rank == 0:

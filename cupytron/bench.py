@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupytron import progress
 from cupytron.comm import Communicator
 from cupytron.config import RunConfig
 from cupytron.memory import explained
@@ -56,7 +57,8 @@ def measure(
 
     def batches() -> Iterator[np.ndarray]:
         for number in range(warmup + steps):
-            note(number, "measuring")
+            note(0, "measuring")
+            progress.count(number, warmup + steps, "steps")
             batch = rng.integers(0, model.vocab_size, shape)
             for group in context.groups:
                 group.bytes.clear()

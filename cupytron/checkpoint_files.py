@@ -217,10 +217,11 @@ class CheckpointFiles:
 
     def _verified_head(self, entry: _Entry, file: BufferedReader) -> bytes:
         head = self._head(entry, file)
-        digest, block = hashlib.sha256(head), memoryview(bytearray(_HASHED))
+        digest, block, done = hashlib.sha256(head), memoryview(bytearray(_HASHED)), len(head)
         while count := file.readinto(block):
             digest.update(block[:count])
-            progress.beat()
+            done += count
+            progress.count(done, entry.bytes, "bytes")
         if digest.hexdigest() != entry.sha256:
             raise self.damaged(f"{entry.name} is damaged: it does not match its SHA-256")
         return head

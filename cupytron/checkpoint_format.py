@@ -238,12 +238,12 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
             f"{path.name} would hold {len(pieces)} pieces in a header of {len(head)} bytes; a reader "
             f"takes at most {MAX_HEADER}; spread the model over more ranks"
         )
-    digest = hashlib.sha256()
+    digest, total = hashlib.sha256(), len(head) + sum(p.values.nbytes for p in pieces)
     with open(path, "wb") as file:
         for block in itertools.chain([head], _blocks(pieces)):
             digest.update(block)
             file.write(block)
-            progress.beat()
+            progress.count(file.tell(), total, "bytes")
         sync(file)
         size = file.tell()
     return {

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, progress on the terminal, arithmetic per second and beside the peak."""
+"""What a run tells: metrics.jsonl, arithmetic per second and beside the peak."""
 
 import hashlib
 import json
@@ -16,7 +16,6 @@ from typing import Any
 from cupytron.backend import CPU, Device
 from cupytron.comm import ParallelContext
 from cupytron.config import ModelConfig, RunConfig, flops_per_token
-from cupytron.printable import printable
 
 # TFLOP/s of products without sparsity, from NVIDIA's data sheets: of 16-bit numbers with float32 sums, of
 # TF32, of float32. The first line counts whose words are all in the card's name.
@@ -157,6 +156,15 @@ def mfu(
     return {"mfu": whole, "mfu_causal": causal}
 
 
+def gflops_text(record: Mapping[str, Any]) -> str:
+    """Both conventions of arithmetic per second, for a line: three digits at least."""
+    whole, causal = (
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (record["gflops_per_second"], record["gflops_per_second_causal"])
+    )
+    return f"{whole} GFLOP/s with attention counted whole, {causal} with its causal half"
+
+
 def mfu_text(record: Mapping[str, Any]) -> str:
     """Both shares of the peak, for a line; empty where they are not known."""
     whole, causal = record.get("mfu"), record.get("mfu_causal")
@@ -203,77 +211,3 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-
-
-class Progress:
-    """Lines about a run: one that renews itself on a terminal, plain ones otherwise.
-
-    Args:
-        live: False: plain lines always. A launcher may show a terminal where there is none.
-    """
-
-    def __init__(self, max_steps: int, quiet: bool = False, live: bool = True) -> None:
-        self._max_steps = max_steps
-        self._quiet = quiet
-        self._live = live and not quiet and sys.stdout is not None and sys.stdout.isatty()
-        self._began = time.monotonic()
-        self._first: int | None = None
-        self._console: Any = None
-        self._status: Any = None
-        if self._live:
-            from rich.console import Console
-
-            self._console = Console(highlight=False)
-            self._status = self._console.status("", refresh_per_second=4)
-            self._status.start()
-
-    def step(self, record: dict[str, Any]) -> None:
-        """Show a training record."""
-        if self._first is None:
-            self._first, self._began = record["step"], time.monotonic()
-        text = (
-            f"step {record['step']:>{len(str(self._max_steps))}}/{self._max_steps}"
-            f"  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}"
-            f"  {record['tokens_per_second']:,.0f} tokens/s"
-            f"  {record['gflops_per_second']:,.0f}/{record['gflops_per_second_causal']:,.0f}"
-            f" GFLOP/s{mfu_text(record)}  {record['peak_memory_bytes'] / 2**20:,.0f} MB"
-            f"  left {self._left(record['step'])}"
-        )
-        if not self._live or record["step"] == self._max_steps:
-            self.line(text)
-        if self._live:
-            self._status.update(text)
-
-    def _left(self, step: int) -> str:
-        done = step - (self._first or 0)
-        if done < 1:
-            return "?"
-        seconds = (time.monotonic() - self._began) / done * (self._max_steps - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(int(minutes), 60)
-        return f"{hours}:{minutes:02d}:{int(seconds):02d}"
-
-    def line(self, text: str) -> None:
-        """Show a line that stays; control characters in it are shown as escapes."""
-        if self._quiet:
-            return
-        text = printable(text)
-        try:
-            if self._live:
-                self._console.print(text, markup=False, soft_wrap=True)
-            else:
-                print(text, flush=True)
-        except OSError:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """The terminal or the pipe has gone: that must not end the run."""
-        self._quiet, self._live = True, False
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)  # what is still buffered goes there when the process ends
-        os.close(nowhere)
-
-    def close(self) -> None:
-        if self._live:
-            self._live = False
-            self._status.stop()

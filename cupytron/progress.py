@@ -7,8 +7,9 @@ process, so each process has one state. Where ranks are threads of one process, 
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 Note = Callable[[int, str], None]  # such as `note`: (the last step that is done, what comes next)
 
@@ -30,14 +31,30 @@ _EVENTS = {
 }
 
 
+class Count(NamedTuple):
+    """How much of a phase's work is done.
+
+    Attributes:
+        done, total: in units of `unit`, a plural such as "tokens", or "bytes".
+        seconds: since the work began.
+    """
+
+    done: int
+    total: int
+    unit: str
+    seconds: float
+
+
 class _Now:
     """The state of this process. Only the main thread writes to it."""
 
-    __slots__ = ("beats", "groups", "phase", "slow", "step", "waits_for")
+    __slots__ = ("beats", "began", "count", "groups", "phase", "slow", "step", "waits_for")
 
     def __init__(self) -> None:
         self.beats = 0
         self.step, self.phase = 0, "at the start"
+        self.began = time.monotonic()  # when the phase did
+        self.count: tuple[int, int, str, float] | None = None  # as Count's, and when it began
         self.waits_for = ""  # what this rank waits for outside of communicators; "": nothing
         self.slow = ""  # the single call under way that may take long, such as an fsync; "": none
         self.groups: Any = None  # a communicator or a mesh: its `operation` is the call under way
@@ -58,6 +75,8 @@ def beat() -> None:
 
 def note(step: int, phase: str) -> None:
     """Say the last step that is done, and what comes next; that is a beat, too."""
+    if (step, phase) != (_now.step, _now.phase):
+        _now.began, _now.count = time.monotonic(), None
     _now.step, _now.phase = step, phase
     _now.beats += 1
 
@@ -65,6 +84,20 @@ def note(step: int, phase: str) -> None:
 def phase(text: str) -> None:
     """Say what comes next, after the same step as before; that is a beat, too."""
     note(_now.step, text)
+
+
+def count(done: int, total: int, unit: str) -> None:
+    """Say how much of the phase's work is done; that is a beat, too.
+
+    Args:
+        done: so much of `total`. Less than before: another piece of work, such as the next file, has begun.
+        total: more than 0.
+        unit: a plural, such as "tokens", or "bytes".
+    """
+    before = _now.count
+    same = before is not None and before[1:3] == (total, unit) and before[0] <= done
+    _now.count = (done, total, unit, before[3] if same and before else time.monotonic())
+    _now.beats += 1
 
 
 @contextlib.contextmanager
@@ -115,6 +148,33 @@ def count_files() -> None:
             _now.beats += 1
 
     sys.addaudithook(hear)
+
+
+# what the terminal asks for
+
+
+class Doing(NamedTuple):
+    """What this process is doing.
+
+    Attributes:
+        step: the last step that is done.
+        phase: what goes on since `seconds`.
+        count: how much of it is done; None: not known.
+        waits_for: what this rank waits for; "": nothing.
+    """
+
+    step: int
+    phase: str
+    seconds: float
+    count: Count | None
+    waits_for: str
+
+
+def doing() -> Doing:
+    """What this process is doing, for a line on the terminal."""
+    now, found = time.monotonic(), _now.count
+    count = found and Count(*found[:3], now - found[3])
+    return Doing(_now.step, _now.phase, now - _now.began, count, waits_for())
 
 
 # what the watchdog asks for

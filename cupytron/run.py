@@ -20,13 +20,14 @@ from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.durable import way_out
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
-from cupytron.metrics import MetricsWriter, Progress, Speed, peak_memory_bytes, total_peak
+from cupytron.metrics import MetricsWriter, Speed, peak_memory_bytes, total_peak
 from cupytron.parallel.drift import ReplicasDiffer
 from cupytron.resume import check_fits, check_tokens, mesh_changed, prepare_folder
 from cupytron.run_folder import RunFolder
 from cupytron.source import Source
 from cupytron.start import prepare_process
 from cupytron.stop import StopRequest
+from cupytron.terminal import Progress
 from cupytron.together import together
 from cupytron.trace import Trace
 from cupytron.trainer import NotFinite, StepResult, Trainer
@@ -87,8 +88,9 @@ def train(
         world, out=str(out), resume=resume, init=str(init_from), init_checkpoint=which, trace=trace
     )
     source = None if init_from is None else Source(RunFolder(init_from), which)
-    with mesh_run.watched(world, config.parallel.timeout):
-        return _train(config, folder, environment, resume, source, quiet, world, trace, on_step)
+    shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
+    with mesh_run.watched(world, config.parallel.timeout), shown:
+        return _train(config, folder, environment, resume, source, shown, world, trace, on_step)
 
 
 def _train(
@@ -97,7 +99,7 @@ def _train(
     environment: dict[str, Any] | None,
     resume: str,
     source: Source | None,
-    quiet: bool,
+    shown: Progress,
     world: Communicator,
     trace: tuple[int, int] | None,
     on_step: OnStep | None,
@@ -119,7 +121,6 @@ def _train(
     # the path is kept absolute: the run may be resumed from another working folder
     data = settings.data.model_copy(update={"path": mesh_run.absolute(dataset.path)})
     settings = settings.model_copy(update={"data": data})
-    shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     try:
         progress.phase("building the model")
         run = _Run(settings, folder, dataset, environment, shown, context, tracing, on_step)
@@ -141,8 +142,6 @@ def _train(
         raise CupytronError(
             f"{folder.path}: {error.strerror or error}; {way_out(error)} there"
         ) from error
-    finally:
-        shown.close()
 
 
 class _Started(NamedTuple):
@@ -235,8 +234,7 @@ class _Run:
         self.progress.line(
             f"{model.family}, {model.num_parameters():,} parameters; "
             f"{self.dataset.train.num_tokens:,} training tokens, {self.config.tokens_per_step:,} "
-            f"a step, {self.loader.samples_per_epoch:,} sequences an epoch; "
-            "GFLOP/s with attention counted whole/causal"
+            f"a step, {self.loader.samples_per_epoch:,} sequences an epoch"
         )
         for line in small_data(self.config, self.dataset, self.loader.samples_per_epoch):
             self._warn(line)
@@ -389,11 +387,14 @@ class _Run:
                 f"step {step}: float16 gradients overflowed, nothing was updated; the loss scale is now "
                 f"{result.loss_scale:g}"
             )
-        self._record(record)
         train = self.config.train
-        if step % train.log_interval == 0 or step in (1, train.max_steps):
-            memory = {"peak_memory_bytes": peak_memory_bytes(self.context.device)}
-            self.progress.step({**record, **self.speed.read(), **memory})
+        logged = step % train.log_interval == 0 or step in (1, train.max_steps)
+        if logged:
+            speed = self.speed.read()
+            record |= {key: value for key, value in speed.items() if key not in record}
+            record["peak_memory_bytes"] = peak_memory_bytes(self.context.device)
+            self.progress.step(record | speed)
+        self._record(record)
         if self.on_step and self.on_step(dict(record)) is False:
             self.stop.ask()
 
@@ -488,6 +489,7 @@ class _Run:
         self._finish_step()
         if self.dataset.val.num_tokens < 2:
             return
+        self.note("evaluating")
         config = self.config.train
         batches = evaluation_batches(self.dataset.val, config.sequence_length, config.micro_batch)
         # a signal does not wait for the rest of a long evaluation

@@ -209,6 +209,7 @@ def _after(start: str, pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _noted(batches: Iterator[Any], step: int, note: Note) -> Iterator[Any]:
+    note(step, "evaluating")
     for batch in batches:
         note(step, "evaluating")
         yield batch

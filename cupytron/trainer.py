@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupytron import backend, ops, optim
+from cupytron import backend, ops, optim, progress
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import ModelConfig, RunConfig, resolve_model
@@ -344,6 +344,7 @@ def _read_buckets(
     for name in found:
         if name not in wanted and (complete or name.startswith("weight/")):
             raise CheckpointError(f"{checkpoint.folder}: the model has no tensor {name}")
+    done, total = 0, len(kinds) * sum(len(list(b.parts(b.owned))) for b in zero.buckets)
     for bucket in zero.buckets:
         for kind in kinds:
             flat = bucket.weights if kind == "weight" else bucket.state[kind]
@@ -351,6 +352,8 @@ def _read_buckets(
                 name, box = f"{kind}/{parameter.name}", box_of(parameter)
                 values = checkpoint.read(name, box, inside.start, inside.stop)
                 flat[bucket.local(place)] = zero.context.device.put(values)
+                done += 1
+                progress.count(done, total, "tensors")
 
 
 def box_of(parameter: Parameter) -> tuple[tuple[int, int], ...]:

@@ -111,7 +111,7 @@ class Split:
             position += block.size
             if verify:
                 digest.update(block.data)
-            progress.beat()
+            progress.count(position, self.num_tokens, "tokens")
         if verify and (found := digest.hexdigest()) != self.sha256:
             raise DataError(
                 f"{file.path}: its SHA-256 is {found[:16]}..., but {self.name}.json has "

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cupytron import progress
+
 from .dataset import Split
 from .errors import DataError
 
@@ -186,6 +188,7 @@ def _evaluation_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = batch * sequence_length
     for start in range(0, split.num_tokens - 1, size):
+        progress.count(start, split.num_tokens - 1, "tokens")
         split.check_unchanged()
         block = split.tokens[start : start + size + 1].astype(np.int64)
         _check_batch(block, split)

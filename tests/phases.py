@@ -32,7 +32,7 @@ PHASES = {
     "finish": ("cupytron/checkpoint.py", "_finish", 1, True),
     "prune": ("cupytron/run_checkpoints.py", "RunCheckpoints.prune", 1, True),
     "trace": ("cupytron/run.py", "_Run._write_trace", 1, False),
-    "end": ("cupytron/metrics.py", "Progress.close", 1, False),
+    "end": ("cupytron/terminal.py", "Display.close", 1, False),
     "exit": ("cupytron/launcher.py", "end_mpi", 1, False),
 }
 

@@ -11,7 +11,7 @@ from runs import ENVIRONMENT, TEXT, TINY, make_data
 from simulated import simulated_gpu
 from simulated_libraries import simulated_libraries
 
-from cupytron import bench, mesh_run, metrics, ops, trace
+from cupytron import bench, mesh_run, metrics, ops, terminal, trace
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config, resolve_model
 from cupytron.data import open_dataset
@@ -290,7 +290,7 @@ def estimated(data, *settings):
 def test_the_estimate_of_a_run_is_near_what_it_takes(cupy, data, tmp_path, monkeypatch, more):
     """At least as much, since by it something else is advised."""
     told = []
-    monkeypatch.setattr(metrics.Progress, "step", lambda self, record: told.append(record))
+    monkeypatch.setattr(terminal.Progress, "step", lambda self, record: told.append(record))
     run(data, tmp_path, *LARGE, *more)
     found = estimated(data, *LARGE, *more)
     assert 0.8 * found.total < max(r["peak_memory_bytes"] for r in told) < found.total

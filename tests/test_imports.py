@@ -15,7 +15,7 @@ LIBRARY = ROOT / "cupytron"
 
 # Each may import what stands before it, and its own layer.
 LAYERS = [
-    {"errors", "chart", "progress", "durable", "reading", "printable"},
+    {"errors", "chart", "progress", "durable", "reading", "printable", "terminal"},
     {
         "launcher",
         "failing",

@@ -234,7 +234,7 @@ def run_schedule(
     mail = Mail(pipeline.pp, schedule, batches, pipeline.message_shapes, pipeline.device)
     stashes = pipeline.stashes
     stashes.clear()  # of a step that failed
-    results = []
+    results, counted = [], 0
     for action in schedule.actions[stage]:
         m, chunk = action.micro_batch, action.chunk
         needs, gives = schedule.needs(stage, action), schedule.gives(stage, action)
@@ -265,6 +265,9 @@ def run_schedule(
         progress.beat()
         if action.kind == schedule.kinds[-1]:
             stashes.pop((m, chunk), None)
+            if schedule.trains and chunk == 0:
+                counted += 1
+                progress.count(counted, len(work), "micro-batches")
         if gives:
             mail.send(gives, made)
     mail.finish()
