@@ -18,12 +18,19 @@ from cupytron.terminal import shown
 )
 @click.argument("run", type=Folder(), metavar="RUN")
 @option("--data", type=Folder(), metavar="DIR", help="Another data set of the same tokenizer.")
+@option(
+    "--tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Over the first N tokens of the validation split.  [default: all of it]",
+)
 @checkpoint_option
 @mesh_options
 @option("--json", "as_json", is_flag=True, help="Print an object.")
 def command(
     run: str,
     data: str | None,
+    tokens: int | None,
     checkpoint: str,
     tp: int | None,
     pp: int,
@@ -32,10 +39,15 @@ def command(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Loss of a run over the whole validation split; under mpirun shared by all ranks."""
-    opened = trained_model(run, checkpoint, tp or 1, pp, zero, device, timeout, data=data)
+    """Loss of a run over the whole validation split; under mpirun shared by all ranks.
+
+    --tokens N takes the first N tokens of the split, as the run's own setting train.eval_tokens does.
+    """
+    opened = trained_model(
+        run, checkpoint, tp or 1, pp, zero, device, timeout, data=data, tokens=tokens
+    )
     with opened as (model, note, first), shown(first):
-        result = model.evaluate(data, note)
+        result = model.evaluate(data, note, tokens)
     if not first:
         return
     if as_json:

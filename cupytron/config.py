@@ -180,6 +180,10 @@ class TrainConfig(_Settings):
     eval_interval: StepsOrNever = Field(
         default=250, description="steps between validation losses; 0: only at the end"
     )
+    eval_tokens: Annotated[int, Field(ge=1, le=10**15)] | None = Field(
+        default=None,
+        description="targets of a validation loss: the first of the validation split; unset: all of it",
+    )
     log_interval: Steps = Field(default=10, description="steps between progress lines")
     check_replicas: StepsOrNever = Field(
         default=0,

@@ -18,6 +18,7 @@ from cupytron.data import Dataset
 from cupytron.errors import ConfigError
 from cupytron.history import damage
 from cupytron.metrics import MetricsWriter
+from cupytron.run_checkpoints import eval_tokens
 from cupytron.run_folder import RunFolder
 from cupytron.together import together
 
@@ -116,6 +117,11 @@ def check_fits(
             "choose another --out"
         )
     lines = list(_data_changed(found, dataset))
+    if eval_tokens(found) != config.train.eval_tokens:
+        lines.append(
+            "train.eval_tokens has changed: validation losses before and from now on cannot be "
+            "compared, so the best loss so far counts no more"
+        )
     for line in _settings_changed(found.about["settings"], config.model_dump(mode="json")):
         lines.append(f"setting changed: {line}")
     lines += _course_changed(found, config)
@@ -227,7 +233,8 @@ def prepare_folder(
         step = found.step
         folder.note_saved(step)
         folder.set_aside_after(step)
-        if found.about["data"]["val_sha256"] == dataset.val.sha256:
+        same = found.about["data"]["val_sha256"] == dataset.val.sha256
+        if same and eval_tokens(found) == config.train.eval_tokens:
             best = folder.best(warn)
         for line in file_differs(folder.config, found, config):
             warn(line)

@@ -491,7 +491,9 @@ class _Run:
             return
         self.note("evaluating")
         config = self.config.train
-        batches = evaluation_batches(self.dataset.val, config.sequence_length, config.micro_batch)
+        batches = evaluation_batches(
+            self.dataset.val, config.sequence_length, config.micro_batch, config.eval_tokens
+        )
         # a signal does not wait for the rest of a long evaluation
         total, counted = self.trainer.evaluate(self._until_stopped(batches))
         if self.stop.signal is not None:
@@ -505,7 +507,8 @@ class _Run:
             )
         self.val_loss = loss
         self._record({"step": self.trainer.step, "val_loss": loss, "val_tokens": counted})
-        self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}")
+        part = f" over the first {counted:,} tokens" if config.eval_tokens else ""
+        self.progress.line(f"step {self.trainer.step}  validation loss {loss:.4f}{part}")
 
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
         for number, batch in enumerate(batches):

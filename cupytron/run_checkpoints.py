@@ -299,7 +299,8 @@ def _still_there(place: Path) -> bool:
 def by_loss(found: Iterable[Checkpoint]) -> list[Checkpoint]:
     """The checkpoints with a validation loss, the lowest first.
 
-    A loss over another validation set than the newest checkpoint's cannot be compared, and is left out.
+    A loss over another validation set, or another part of it (train.eval_tokens), than the newest
+    checkpoint's cannot be compared, and is left out.
 
     Args:
         found: checkpoints, in the order of their steps.
@@ -319,7 +320,14 @@ def _whole(seen: Iterable[Checkpoint | CheckpointError]) -> Iterator[Checkpoint]
 
 def _validation_set(found: Checkpoint) -> Any:
     data = found.about.get("data")
-    return data.get("val_sha256") if isinstance(data, dict) else None
+    return data.get("val_sha256") if isinstance(data, dict) else None, eval_tokens(found)
+
+
+def eval_tokens(found: Checkpoint) -> int | None:
+    """train.eval_tokens of the run that found a checkpoint's validation loss; None: all tokens."""
+    settings = found.about.get("settings")
+    train = settings.get("train") if isinstance(settings, dict) else None
+    return train.get("eval_tokens") if isinstance(train, dict) else None
 
 
 def free_name(path: Path) -> Path:

@@ -141,12 +141,15 @@ class TrainedModel:
         """The text after `prompt`; options as in `stream`."""
         return "".join(self.stream(prompt, max_new_tokens, **options))
 
-    def evaluate(self, data: str | Path | None = None, note: Note = unwatched) -> dict[str, Any]:
-        """Loss over the whole validation split.
+    def evaluate(
+        self, data: str | Path | None = None, note: Note = unwatched, tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Loss over the validation split: the whole of it, whatever train.eval_tokens says.
 
         Args:
             data: a prepared folder; None: the one that the run was trained on.
             note: called before each batch, for a watchdog.
+            tokens: targets at most, the first of the split; None: all of them.
 
         Returns: val_loss (nats a token), perplexity, bits_per_byte (None if the bytes of the text are
             not known), tokens (targets counted), step.
@@ -172,11 +175,11 @@ class TrainedModel:
                 "validation split is another one, so that losses cannot be compared"
             )
         train = self.config.train
-        batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch)
+        batches = evaluation_batches(dataset.val, train.sequence_length, train.micro_batch, tokens)
         noted = _noted(batches, self.step, note)
         with _explained(self.config, self.context, train.micro_batch):
             total, counted = evaluate(self.pipeline, noted, self.context.dp)
-        loss, num_bytes = total / counted, _predicted_bytes(dataset)
+        loss, num_bytes = total / counted, _predicted_bytes(dataset, counted)
         return {
             "val_loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -215,11 +218,13 @@ def _noted(batches: Iterator[Any], step: int, note: Note) -> Iterator[Any]:
         yield batch
 
 
-def _predicted_bytes(dataset: Dataset) -> int | None:
-    """Bytes of the validation text behind its targets: its first token is predicted by nothing."""
+def _predicted_bytes(dataset: Dataset, targets: int) -> int | None:
+    """Bytes of the validation text behind its first `targets` targets: the first token is none of them."""
     lengths = dataset.tokenizer.text_lengths() if dataset.tokenizer else None
     if dataset.val.num_bytes is None or lengths is None:
         return None
+    if targets < dataset.val.num_tokens - 1:
+        return int(lengths[dataset.val.tokens[1 : targets + 1]].sum())
     return dataset.val.num_bytes - int(lengths[dataset.val.tokens[0]])
 
 

@@ -160,14 +160,17 @@ def _check_batch(ids: np.ndarray, split: Split) -> None:
 
 
 def evaluation_batches(
-    split: Split, sequence_length: int, batch: int
+    split: Split, sequence_length: int, batch: int, tokens: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All of a split in order: each token but the first is a target exactly once.
+    """A split in order: each token but the first is a target exactly once.
 
     Every batch has the same shape; where the split ends, inputs are filled with 0 and targets with -1,
     which the loss ignores.
 
     Shapes: inputs, targets (batch, S) int64.
+
+    Args:
+        tokens: targets at most, the first of the split; None: all of them.
 
     Raises:
         DataError: the split has fewer than 2 tokens (at the call, not at the first batch), or its tokens
@@ -180,17 +183,20 @@ def evaluation_batches(
             f"the {split.name} split has {split.num_tokens} tokens, so there is nothing to evaluate; "
             "prepare the data set with a larger --val-fraction"
         )
-    return _evaluation_batches(split, sequence_length, batch)
+    if tokens is not None and tokens < 1:
+        raise DataError(f"tokens={tokens} must be at least 1")
+    targets = min(split.num_tokens - 1, tokens or split.num_tokens)
+    return _evaluation_batches(split, sequence_length, batch, targets)
 
 
 def _evaluation_batches(
-    split: Split, sequence_length: int, batch: int
+    split: Split, sequence_length: int, batch: int, count: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = batch * sequence_length
-    for start in range(0, split.num_tokens - 1, size):
-        progress.count(start, split.num_tokens - 1, "tokens")
+    for start in range(0, count, size):
+        progress.count(start, count, "tokens")
         split.check_unchanged()
-        block = split.tokens[start : start + size + 1].astype(np.int64)
+        block = split.tokens[start : min(start + size, count) + 1].astype(np.int64)
         _check_batch(block, split)
         inputs, targets = np.zeros(size, np.int64), np.full(size, -1, np.int64)
         inputs[: len(block) - 1], targets[: len(block) - 1] = block[:-1], block[1:]

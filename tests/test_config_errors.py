@@ -48,6 +48,7 @@ OUT_OF_RANGE = {
     "train.max_steps": [-1, 0, 10**20],
     "train.seed": [-1, 2**63, 2**200],
     "train.eval_interval": [-1],
+    "train.eval_tokens": [0],
     "train.log_interval": [-1, 0],
     "train.check_replicas": [-1],
     "optim.lr": [-1, 0, 1e12],

@@ -188,3 +188,14 @@ def test_an_unknown_order_is_refused():
     for order in (0, 3, None, "1"):
         with pytest.raises(DataError, match=r"order=.* is none of \(1, 2\).*version of cupytron"):
             Loader(split(20), 8, 1, order)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 8, 9, 18, 19, 100])
+def test_evaluation_of_the_first_tokens(tokens):
+    whole = [t for _, targets in evaluation_batches(split(20), 4, 2) for t in targets.reshape(-1)]
+    found = list(evaluation_batches(split(20), 4, 2, tokens))
+    assert all(inputs.shape == targets.shape == (2, 4) for inputs, targets in found)
+    counted = [t for _, targets in found for t in targets.reshape(-1) if t >= 0]
+    assert counted == [t for t in whole if t >= 0][:tokens]
+    with pytest.raises(DataError, match="tokens=0"):
+        evaluation_batches(split(20), 4, 2, 0)
