@@ -5,13 +5,25 @@ cupytron=$BIN/cupytron
 data=$RUNS/demo-data
 run=$RUNS/demo
 
+# a command as it can be typed: words with other characters than these in quotes
+show() {
+    printf '\n$'
+    for word; do
+        case $word in
+            *[!A-Za-z0-9_./:=,-]*) printf " '%s'" "$word" ;;
+            *) printf ' %s' "$word" ;;
+        esac
+    done
+    printf '\n'
+}
+
 step() {
-    printf '\n$ %s\n' "cupytron $*"
+    show cupytron "$@"
     "$cupytron" "$@"
 }
 
 step_on_two_ranks() {
-    printf '\n$ %s\n' "mpirun -n 2 cupytron $*"
+    show mpirun -n 2 cupytron "$@"
     "$BIN/mpirun" -n 2 "$cupytron" "$@"
 }
 

@@ -40,6 +40,8 @@ def command(run: str, out: Path | None, png: Path | None, text: bool, sample: bo
     from cupytron import report
     from cupytron.run_folder import RunFolder
 
+    if png is not None:
+        report.require_matplotlib()  # before the work is done
     if text:
         say_page(report.loss_curve_text(RunFolder(run).require().read_metrics()))
     out = out or Path(run) / "report.html"

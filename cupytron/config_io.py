@@ -30,6 +30,8 @@ def preset_path(name: str) -> Path:
     if name not in names:
         likely = difflib.get_close_matches(name, names, n=len(names) or 1, cutoff=0.4)
         names = likely + [n for n in names if n not in likely]
+        if name.endswith(".toml"):
+            raise ConfigError(f"preset {show_text(name)}: is not known; give a file with --config")
         raise ConfigError(f"preset {show_text(name)}: is not known; choose from {', '.join(names)}")
     return PRESETS / f"{name}.toml"
 

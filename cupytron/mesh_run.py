@@ -38,13 +38,17 @@ def open_data(path: str | Path, world: Communicator | None = None) -> Dataset:
     try:
         opened, told = open_dataset(path, verify=hashes_it), None
     except DataError as error:
-        told = str(error)
+        moved = "" if Path(path).is_file() else " (if it stands elsewhere now, give --data DIR)"
+        told = f"{error}{moved}"
     except OSError as error:
-        told = f"{error.filename or path}: {error.strerror or error}"
+        told = (
+            f"{error.filename or path}: {error.strerror or error} "
+            "(if it stands elsewhere now, give --data DIR)"
+        )
     for rank, problem in enumerate(world.gather_objects(told and (host(), told))):
         if problem is not None:
             where = f"rank {rank} on {problem[0]}: " if world.size > 1 else ""
-            raise DataError(f"{where}{problem[1]} (if it stands elsewhere now, give --data DIR)")
+            raise DataError(f"{where}{problem[1]}")
     assert opened is not None
     hashes = (opened.train.sha256, opened.val.sha256, opened.tokenizer_hash)
     said = world.gather_objects((host(), hashes))

@@ -1,5 +1,6 @@
 """A run as one self-contained HTML page, as a picture, and as a curve in the terminal."""
 
+import importlib.util
 import json
 import math
 import statistics
@@ -287,19 +288,28 @@ def _body(report: Report) -> Iterable[str]:
     yield report_page.tables("Environment", {"": report.environment} if report.environment else {})
 
 
+def require_matplotlib() -> None:
+    """Refuse to draw a PNG where nothing can.
+
+    Raises:
+        CupytronError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CupytronError(
+            "--png needs matplotlib, which is not installed; run: pip install 'cupytron[plot]'"
+        )
+
+
 def write_png(report: Report, out: str | Path) -> None:
     """Draw the loss curves with matplotlib.
 
     Raises:
         CupytronError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure  # not pyplot: it looks for a display
-    except ImportError as error:
-        raise CupytronError(
-            "--png needs matplotlib, which is not installed; run: pip install 'cupytron[plot]'"
-        ) from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: it looks for a display
+
     with matplotlib.rc_context():
         # a matplotlibrc in the working directory may be a stranger's, and could have programs started
         matplotlib.rcdefaults()

@@ -35,11 +35,26 @@ def require_run(run: Path) -> None:
     Raises:
         CupytronError: it has neither settings nor checkpoints.
     """
-    if not (run / "config.toml").is_file() and not list_steps(run):
-        raise CupytronError(
-            f"{run}: not a run's folder (it has no config.toml); "
-            "give the folder that `cupytron train --out` made"
-        )
+    if not _is_run(run):
+        raise CupytronError(f"{run}: not a run's folder ({_instead(run)}")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file() or bool(list_steps(folder))
+
+
+def _instead(path: Path) -> str:
+    """What a path is that is not a run's folder, and what to give in its place."""
+    inside = next((folder for folder in list(path.parents)[:2] if _is_run(folder)), None)
+    if inside is not None and path.exists():
+        return f"it lies in one); give {inside}"
+    if (path / "train.json").is_file():
+        return "it is a data set); a run is made from it with `cupytron train --data DIR --out RUN`"
+    if path.is_dir():
+        why = "it has no config.toml"
+    else:
+        why = "it is a file" if path.exists() else "there is no such folder"
+    return f"{why}); give the folder that `cupytron train --out` made"
 
 
 def sealed_settings(run: Path) -> dict[str, Any] | None:

@@ -166,7 +166,7 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
                 f"{path}: no such folder; a data prepare --overwrite was killed while it replaced this "
                 f"data set, and left it in {old}; start that command again, or mv {old} {path}"
             )
-        raise DataError(f"{path}: no such folder; make it with cupytron data prepare --out {path}")
+        raise DataError(f"{path}: {_instead(path)}")
     train, val = _read_sidecar(path / "train.json"), _read_sidecar(path / "val.json")
     for key in ("dtype", "vocab_size", "separator", "tokenizer", "tokenizer_hash"):
         if getattr(train, key) != getattr(val, key):
@@ -186,6 +186,15 @@ def open_dataset(path: str | Path, verify: bool = False) -> Dataset:
         train.tokenizer_hash,
         train.sources,
     )
+
+
+def _instead(path: Path) -> str:
+    """What a path is that is not a folder, and what to give in its place."""
+    if not path.exists():
+        return f"no such folder; make it with cupytron data prepare SOURCE... --out {path}"
+    if path.name in FILES and (path.parent / "train.json").is_file():
+        return f"is a file of a data set; give its folder, {path.parent}"
+    return f"is a file; make a data set of it with cupytron data prepare {path} --out DIR"
 
 
 def is_prepared(path: Path) -> bool:
@@ -250,9 +259,17 @@ def _read_tokenizer(path: Path, expected: str) -> dict[str, Any]:
 def _read_sidecar(path: Path) -> Sidecar:
     """Read and check every field, one by one, for the file may come from anywhere."""
     if not path.exists():
+        folder = path.parent
+        if (folder / "config.toml").is_file() and not any(
+            (folder / name).exists() for name in FILES[:2]
+        ):
+            raise DataError(
+                f"{folder}: is a run's folder, and no prepared data set; give the folder that "
+                "data.path in its config.toml names"
+            )
         raise DataError(
-            f"{path.parent}: no {path.name} here, so it is no prepared data set; "
-            "make one with cupytron data prepare SOURCE --out DIR"
+            f"{folder}: no {path.name} here, so it is no prepared data set; "
+            f"make one with cupytron data prepare {folder} --out DIR, if it holds your text"
         )
     content = read_json_object(path, _MAX_SIDECAR_BYTES, path.name)
     if content.get("format") != FORMAT:

@@ -11,6 +11,7 @@ from launchers import NAMES, launch
 from runs import TINY, command, cupytron, kill_when, make_data, run_here, start
 
 from cupytron import launcher, process
+from cupytron.cli import main
 from cupytron.run_folder import RunFolder
 
 
@@ -79,6 +80,68 @@ def test_errors_are_one_line_with_a_way_out(tmp_path, run, arguments, code, word
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["data", "inspect", "TEXT"],
+            "is a file; make a data set of it with cupytron data prepare",
+        ),
+        (["data", "inspect", "DATA/train.bin"], "is a file of a data set; give its folder, "),
+        (["data", "inspect", "RUN"], "is a run's folder, and no prepared data set"),
+        (
+            ["data", "inspect", "missing"],
+            "make it with cupytron data prepare SOURCE... --out missing",
+        ),
+        (
+            ["checkpoint", "ls", "DATA"],
+            "it is a data set); a run is made from it with `cupytron train",
+        ),
+        (["checkpoint", "ls", "TEXT"], "not a run's folder (it is a file); give"),
+        (["checkpoint", "ls", "missing"], "not a run's folder (there is no such folder); give"),
+        (["checkpoint", "ls", "."], "not a run's folder (it has no config.toml); give"),
+        (["checkpoint", "ls", "RUN/metrics.jsonl"], "(it lies in one); give RUN"),
+        (["checkpoint", "ls", "RUN/checkpoints"], "(it lies in one); give RUN"),
+        (["eval", "DATA"], "it is a data set"),
+        (["sample", "TEXT"], "it is a file"),
+        (["report", "DATA"], "it is a data set"),
+        (
+            ["train", "--data", "TEXT", "--out", "out"],
+            "with cupytron data prepare TEXT --out DIR\n",
+        ),
+        (["eval", "RUN", "--data", "RUN"], "is a run's folder, and no prepared data set"),
+        (
+            ["config", "show", "--preset", "my.toml"],
+            "my.toml: is not known; give a file with --config",
+        ),
+    ],
+)
+def test_a_path_of_another_kind_is_told_apart(
+    tmp_path, capsys, monkeypatch, data, run, arguments, words
+):
+    """A file as a data set, a run as one, a data set as a run: each is named for what it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be\n")
+    places = {"TEXT": tmp_path / "text.txt", "DATA": data, "RUN": run}
+
+    def placed(text):
+        return re.sub("TEXT|DATA|RUN", lambda name: str(places[name[0]]), text)
+
+    assert main._run([placed(word) for word in arguments]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and placed(words) in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_without_matplotlib_fails_before_the_work(monkeypatch, capsys, run, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "report.html"
+    assert main._run(["report", str(run), "--out", str(out), "--png", str(tmp_path / "a.png")]) == 1
+    assert "pip install 'cupytron[plot]'" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import click
 import pytest
@@ -189,3 +190,23 @@ def test_bash_completes_with_the_script(tmp_path):
         timeout=60,
     )
     assert done.stdout.split() == ["shakespeare-char", "shakespeare-char-cpu"], done.stderr
+
+
+def test_the_demo_shows_commands_as_they_can_be_typed(tmp_path):
+    demo = (Path(__file__).parents[1] / "benchmarks" / "demo.sh").read_text()
+    for name in ("cupytron", "mpirun"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", demo],
+        env={**os.environ, "BIN": str(tmp_path), "RUNS": str(tmp_path / "my runs")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    shown = [line[2:] for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert len(shown) == 4
+    words = [shlex.split(line) for line in shown]
+    assert words[2][-4:] == ["--prompt", "The ", "--max-new-tokens", "300"]
+    assert all(str(tmp_path / "my runs") in " ".join(w) and len(w) < 18 for w in words)
