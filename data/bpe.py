@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face `tokenizers` library (the `bpe` extra): ours are byte-level BPE.
+"""Tokenizers of the Hugging Face `tokenizers` library: ours are byte-level BPE.
 
 Byte-level BPE is Sennrich et al. 2016 (arXiv:1508.07909) on bytes, as in GPT-2: every text has ids, and
 decoding gives the same bytes back. Other models of the library are read as well; what they do not keep
@@ -196,7 +196,7 @@ def _library() -> Any:
     except ImportError as error:
         raise DataError(
             "this tokenizer needs the tokenizers package, which is not installed; "
-            "pip install 'cupytron[bpe]', or use --tokenizer byte or char"
+            "pip install tokenizers, or use --tokenizer byte or char"
         ) from error
     return tokenizers
 

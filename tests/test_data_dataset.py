@@ -1,8 +1,11 @@
 """`open_dataset`: what a prepared folder offers, and every kind of damage to it."""
 
 import json
+import re
 import shutil
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,11 +55,17 @@ def test_empty_validation_split(prepared, tmp_path):
     assert dataset.train.num_tokens == len(TEXT)
 
 
+def test_bpe_comes_with_the_package():
+    """The README offers BPE beside byte and char, so it works without an extra."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert any(re.match(r"tokenizers\b", wanted) for wanted in project["dependencies"])
+
+
 def test_training_needs_no_tokenizers_package(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     dataset = open_dataset(prepared / "bpe")
     assert dataset.train.num_tokens > 0
-    with pytest.raises(DataError, match=r"cupytron\[bpe\]"):
+    with pytest.raises(DataError, match="pip install tokenizers"):
         dataset.tokenizer.decode([0])
 
 
