@@ -363,7 +363,7 @@ def _options(unused: Mapping[str, str], defaults: bool = True) -> list[Callable[
             why = unused[getattr(param, "key", "")]
             raise click.UsageError(f"{param.opts[0]}: is not used by this command; {why}", ctx)
 
-    start = {"heading": "Settings to start from"}
+    start: dict[str, Any] = {"heading": "Settings to start from"}
     options = [
         click.option("--preset", cls=PresetOption, **start),
         option("--config", metavar="FILE", help="TOML file; overrides the preset.", **start),
@@ -378,7 +378,7 @@ def _options(unused: Mapping[str, str], defaults: bool = True) -> list[Callable[
         ),
     ]
     for names, key, heading in sorted(FLAGS + SWITCHES, key=lambda row: HEADINGS.index(row[2])):
-        how = {"hidden": True, "callback": refuse_option} if key in unused else {}
+        how: dict[str, Any] = {"hidden": True, "callback": refuse_option} if key in unused else {}
         shown = SHOWN.get(key)
         options.append(
             click.option(
