@@ -39,6 +39,8 @@ def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
 
     Defaults come first, then --preset, --config, --set and the named flags; the later one wins.
     """
+    if as_json + presets + keys > 1:
+        raise click.UsageError("--json, --presets and --keys: give one of them")
     if presets:
         say_page(_list_presets())
     elif keys:

@@ -118,6 +118,7 @@ def test_verify_shows_no_defaults_of_a_larger_model():
         (["schedule", "--schedule", "x"], "'zb-v'. (cupytron schedule --help)"),
         (["sample"], "Missing argument 'RUN'. (cupytron sample --help)"),
         (["data", "prepare", "x", "--out", "y", "--bin-dtype", "uint7"], "not one of 'uint16'"),
+        (["config", "show", "--keys", "--json"], "--json, --presets and --keys: give one of them"),
         (["config", "show", "--preset", "demoo"], "choose from demo, "),
         (["config", "show", "--set", "optim.lrr=1"], "did you mean optim.lr?"),
     ],
