@@ -92,7 +92,7 @@ def check_shared(folder: Path, world: Communicator) -> None:
         )
 
     try:
-        together(world, lambda: probe.touch() if world.rank == 0 else None)
+        together(world, lambda: probe.touch(exist_ok=False) if world.rank == 0 else None)
         agree(world, probe.exists, differ)
     finally:
         if world.rank == 0:

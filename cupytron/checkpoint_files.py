@@ -19,6 +19,7 @@ import numpy as np
 
 from cupytron import progress
 from cupytron.checkpoint_format import MAX_HEADER, Listed, header_of, listed, parse_header
+from cupytron.durable import NotAFile, open_file
 from cupytron.errors import (
     CheckpointError,
     DamagedCheckpoint,
@@ -27,11 +28,11 @@ from cupytron.errors import (
 )
 from cupytron.manifest import MANIFEST, Manifest, identity_of, read_manifest
 from cupytron.piece_table import PieceTable, merged, table_of
-from cupytron.reading import NotAFile, again, open_file
+from cupytron.reading import again
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"rank-\d{5,}\.safetensors")
+_NAME = re.compile(r"rank-[0-9]{5,}\.safetensors")
 _BLOCK = 1 << 22  # bytes of values read at a time
 _MOST_HELD = 64  # files that are kept open at once; a process may have about a thousand
 _HASHED = 1 << 18  # bytes hashed at a time: they stay in the processor's cache
@@ -161,7 +162,7 @@ class CheckpointFiles:
             if entry.name in self._held:
                 self._held[entry.name].seek(0)
                 return work(self._held[entry.name])
-            with open_file(self.folder / entry.name) as file:
+            with open_file(self.folder / entry.name, follow=False) as file:
                 return work(file)
 
         try:

@@ -239,7 +239,7 @@ def write_tensors(path: Path, pieces: list[Piece]) -> dict[str, Any]:
             f"takes at most {MAX_HEADER}; spread the model over more ranks"
         )
     digest, total = hashlib.sha256(), len(head) + sum(p.values.nbytes for p in pieces)
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         for block in itertools.chain([head], _blocks(pieces)):
             digest.update(block)
             file.write(block)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cupytron.durable import NotAFile, open_file
 from cupytron.errors import ConfigError
 from cupytron.printable import UNPRINTABLE
 
@@ -44,10 +45,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     shown = show_text(str(path), cut=False)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             data = file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise ConfigError(f"{shown}: is a folder; give a TOML file") from None
+    except NotAFile:
+        what = "a folder" if Path(path).is_dir() else "a pipe or a device"
+        raise ConfigError(f"{shown}: is {what}; give a TOML file") from None
     except FileNotFoundError:
         raise ConfigError(f"{shown}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

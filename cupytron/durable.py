@@ -1,13 +1,21 @@
-"""Files and names that survive a crash: content and folders written through to the disk, names exchanged.
+"""Files of folders that may crash at any moment, and in which a stranger may have put anything.
+
+Content and folders are written through to the disk, and names are exchanged. Only regular files are opened:
+a pipe or a device may wait for ever. What is written here never goes through a link to another place.
 
 It imports the standard library and progress.py alone, so that `data/` may use it too.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from cupytron import progress
 
@@ -18,9 +26,98 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
+class NotAFile(OSError):
+    """A folder, a pipe or a device stands where a file should."""
+
+
+def open_file(path: str | Path, follow: bool = True) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Args:
+        path: of the file.
+        follow: whether the name may be a link to the file.
+
+    Raises:
+        NotAFile: it is something else.
+        OSError: it is not there, cannot be opened, or is a link that is not to be followed.
+    """
+    _check_regular(path)
+    if not follow:
+        _check_no_link(path)
+    return open(path, "rb", opener=_opener(follow))
+
+
+def open_in_place(path: Path) -> BufferedRandom:
+    """Open a regular file for reading and appending; a missing one is made, and no link is followed.
+
+    Raises:
+        NotAFile: it is something else.
+        OSError: it cannot be opened, or is a link.
+    """
+    _check_no_link(path)
+    if path.exists():
+        _check_regular(path)
+    return open(path, "a+b", opener=_opener(follow=False))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file's new content; at the end it takes the file's name.
+
+    A reader sees the old content or the new. If a link has the name, the link is replaced. After an error
+    the file is as it was. A kill leaves .NAME.RANDOM.tmp, which `left_by_replacing` finds.
+
+    Raises:
+        NotAFile: a folder, a pipe or a device has the name, such as /dev/null.
+        OSError: as the system says.
+    """
+    if path.exists():
+        _check_regular(path)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # x: nobody else has made this file, and it is no link
+        with open(new, "xb") as file:
+            yield file
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def left_by_replacing(path: Path) -> list[Path]:
+    """Files that killed processes left beside a file while they replaced it.
+
+    Args:
+        path: of the file; its name may be a pattern.
+    """
+    # earlier versions made .NAME.tmp
+    ends = ("tmp", f"{'[0-9a-f]' * 8}.tmp")
+    return [left for end in ends for left in path.parent.glob(f".{path.name}.{end}")]
+
+
+def _check_regular(path: str | Path) -> None:
+    """Refuse what is not a regular file before it is opened, since that may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise NotAFile(errno.EINVAL, "is not a file", str(path))
+
+
+def _check_no_link(path: str | Path) -> None:
+    if os.path.islink(path):
+        what = "is a link, which is not followed; put the file itself there"
+        raise OSError(errno.ELOOP, what, str(path))
+
+
+def _opener(follow: bool) -> Callable[[str, int], int]:
+    """An `opener` of `open`: a pipe or a link may have taken the name since it was checked."""
+    # for files O_NONBLOCK changes nothing
+    more = os.O_NONBLOCK if follow else os.O_NONBLOCK | os.O_NOFOLLOW
+    return lambda path, flags: os.open(path, flags | more, 0o666)
+
+
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file through to the disk."""
-    with open(path, "wb") as file:
+    """Write a new file through to the disk."""
+    with open(path, "xb") as file:
         file.write(content)
         sync(file)
 

@@ -6,13 +6,13 @@ run trains again. A last line that a kill cut in half lies beyond the seal, so i
 
 import hashlib
 import itertools
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cupytron.checkpoint import Checkpoint
+from cupytron.durable import open_file, replacing
 from cupytron.run_checkpoints import free_name
-from cupytron.run_folder import RunFolder, records, temporary
+from cupytron.run_folder import RunFolder, records
 
 
 def damage(folder: RunFolder, found: Checkpoint) -> str | None:
@@ -25,7 +25,8 @@ def damage(folder: RunFolder, found: Checkpoint) -> str | None:
     path = folder.metrics
     if not path.exists():
         return f"{path} is missing: the records of steps 1 to {found.step} are lost"
-    content = path.read_bytes()
+    with open_file(path) as file:
+        content = file.read()
     # without a seal, a last line that a kill cut in half is no damage
     covered = content[: sealed["bytes"] if sealed else content.rfind(b"\n") + 1]
     if sealed and hashlib.sha256(covered).hexdigest() == sealed["sha256"]:
@@ -47,7 +48,7 @@ def damage(folder: RunFolder, found: Checkpoint) -> str | None:
         what = "some of its lines cannot be read"
     note = ""
     if unreadable:
-        note = f"; it is kept as {_copy(path).name}"
+        note = f"; it is kept as {_copy(path, content).name}"
     return f"{path} is damaged: {what}{note}"
 
 
@@ -65,8 +66,8 @@ def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield run[0], run[-1]
 
 
-def _copy(path: Path) -> Path:
+def _copy(path: Path, content: bytes) -> Path:
     copy = free_name(path.with_name(f"{path.stem}.damaged{path.suffix}"))
-    new = temporary(copy)
-    shutil.copyfile(path, new)
-    return new.replace(copy)
+    with replacing(copy) as file:
+        file.write(content)
+    return copy

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cupytron.durable import NotAFile, open_file
 from cupytron.errors import DamagedCheckpoint, GoneCheckpoint, UnreadableCheckpoint
-from cupytron.reading import NotAFile, again, open_file
+from cupytron.reading import again
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 64 << 20  # `write` refuses to write more
@@ -82,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _read(path: Path) -> tuple[bytes, tuple[int, int, int]]:
     """The content of a manifest's file, and the file's identity."""
-    with open_file(path) as file:
+    with open_file(path, follow=False) as file:
         status = os.fstat(file.fileno())
         if status.st_size > MAX_BYTES:
             # earlier versions wrote such files for very large jobs: it is no damage

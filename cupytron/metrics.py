@@ -16,6 +16,7 @@ from typing import Any
 from cupytron.backend import CPU, Device
 from cupytron.comm import ParallelContext
 from cupytron.config import ModelConfig, RunConfig, flops_per_token
+from cupytron.durable import open_in_place
 
 # TFLOP/s of products without sparsity, from NVIDIA's data sheets: of 16-bit numbers with float32 sums, of
 # TF32, of float32. The first line counts whose words are all in the card's name.
@@ -181,8 +182,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab")
-        content = path.read_bytes()
+        self._file = open_in_place(path)
+        self._file.seek(0)
+        content = self._file.read()
         self._bytes, self._hash = len(content), hashlib.sha256(content)
         self._flushed = time.monotonic()
 

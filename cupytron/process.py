@@ -11,13 +11,13 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cupytron import progress
+from cupytron.durable import replacing
 from cupytron.launcher import local_ranks
 
 # Measured in a child process: the time of a few float32 products, the best of several.
@@ -286,10 +286,9 @@ def _read(path: Path) -> dict[str, str]:
 def _write(path: Path, known: dict[str, str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # several ranks may write at once: each its own file, renamed into place
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, path)
+        # several ranks may write at once
+        with replacing(path) as file:
+            file.write(json.dumps(known).encode())
     except OSError:
         pass  # the measurement will be made again
 

@@ -1,12 +1,8 @@
-"""Reading files of a folder that anybody may have changed, on a file system that may fail for a moment."""
+"""Reading on a file system that may fail for a moment."""
 
 import errno
-import os
-import stat
 import time
 from collections.abc import Callable
-from io import BufferedReader
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,27 +12,6 @@ T = TypeVar("T")
 _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR)
 _TRIES = 3
 _PAUSE = 0.2  # seconds before the second try; each later pause is twice as long
-
-
-class NotAFile(OSError):
-    """A folder, a pipe or a device stands where a file should."""
-
-
-def open_file(path: Path) -> BufferedReader:
-    """Open a regular file for reading; a pipe or a device is not opened, since that may wait for ever.
-
-    Raises:
-        NotAFile: it is something else.
-        OSError: it is not there, or cannot be opened.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise NotAFile(errno.EINVAL, "is not a file", str(path))
-    return open(path, "rb", opener=_without_waiting)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    # a pipe may have taken the name since the check; for files O_NONBLOCK changes nothing
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def again(work: Callable[[], T]) -> T:

@@ -13,9 +13,12 @@ from typing import Any
 
 from cupytron import chart, report_page
 from cupytron.chart import Point
+from cupytron.durable import open_file
 from cupytron.errors import CupytronError
 from cupytron.printable import printable
 from cupytron.run_folder import RunFolder
+
+_MOST_BYTES = 1 << 20  # of a file that is shown; they are a page each
 
 Record = Mapping[str, Any]
 # small charts: (key of a record, title)
@@ -120,16 +123,26 @@ def read_records(run: RunFolder) -> Report:
             f"{lost:,} {'loss was' if lost == 1 else 'losses were'} not finite and left out."
         )
     try:
-        report.settings = tomllib.loads(run.config.read_text(encoding="utf-8"))
+        report.settings = tomllib.loads(_text(run.config))
     except (ValueError, OSError, RecursionError):  # of tomllib and of decoding
         report.notes.append("config.toml could not be read.")
     try:
-        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+        environment = json.loads(_text(run.environment))
         report.environment = list(flatten(environment))
     except (ValueError, OSError, RecursionError):
         report.notes.append("environment.json could not be read.")
     report.parameters = _count_parameters(run.config)
     return report
+
+
+def _text(path: Path, errors: str = "strict") -> str:
+    """The text of a small file of the run's folder.
+
+    Raises:
+        OSError, ValueError: it is no file, or not UTF-8.
+    """
+    with open_file(path) as file:
+        return file.read(_MOST_BYTES).decode(errors=errors)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -161,7 +174,7 @@ def _count_parameters(config: Path) -> int | None:
 def _sample(run: RunFolder, generate: bool, notes: list[str]) -> Sample | None:
     """The text in RUN/sample.txt, or one that the model writes; a note says why there is none."""
     try:
-        text = (run.path / "sample.txt").read_text(encoding="utf-8", errors="replace").strip("\n")
+        text = _text(run.path / "sample.txt", "replace").strip("\n")
     except OSError:
         text = ""
     if text:
@@ -334,7 +347,8 @@ def _draw(figure: Any, report: Report, out: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    with replacing(out) as file:
+        figure.savefig(file, dpi=150, format=out.suffix[1:] or "png")
 
 
 def loss_curve_text(records: Sequence[Record], width: int = 60, height: int = 12) -> str:

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from cupytron import chart
+from cupytron.durable import replacing
 from cupytron.printable import printable
 
 Pairs = Sequence[tuple[str, str]]
@@ -106,7 +107,8 @@ def write(document: str, out: str | Path) -> None:
     """Write a page, with the folders above it."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(document, encoding="utf-8", errors="replace")
+    with replacing(out) as file:
+        file.write(document.encode(errors="replace"))
 
 
 def figure(

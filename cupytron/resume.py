@@ -15,6 +15,7 @@ from cupytron.config import ModelConfig, RunConfig
 from cupytron.config_io import read_toml, show_value
 from cupytron.course import portions_changed, schedule_changed
 from cupytron.data import Dataset
+from cupytron.durable import NotAFile, open_file
 from cupytron.errors import ConfigError
 from cupytron.history import damage
 from cupytron.metrics import MetricsWriter
@@ -258,6 +259,7 @@ def prepare_folder(
 
 def _holds(path: Path, content: str) -> bool:
     try:
-        return path.read_bytes() == content.encode()
-    except FileNotFoundError:
+        with open_file(path) as file:
+            return file.read(len(content.encode()) + 1) == content.encode()
+    except (FileNotFoundError, NotAFile):
         return False

@@ -10,11 +10,18 @@ from typing import Any
 
 from cupytron import checkpoint, sealed
 from cupytron.config_io import read_toml
-from cupytron.durable import sync, sync_folder
+from cupytron.durable import (
+    left_by_replacing,
+    open_file,
+    open_in_place,
+    replacing,
+    sync,
+    sync_folder,
+)
 from cupytron.errors import ConfigError, CupytronError
 from cupytron.run_checkpoints import RunCheckpoints
 
-# files of the folder that are replaced as a whole; a kill may leave their temporary ones
+# files of the folder that are replaced as a whole; a kill may leave the new ones beside them
 _REPLACED = (
     "config.toml",
     "environment.json",
@@ -22,12 +29,8 @@ _REPLACED = (
     "metrics*.jsonl",
     "saved",
     "trace.json",
+    "report.html",
 )
-
-
-def temporary(path: Path) -> Path:
-    """Where the new content of a file is written, before it takes the file's place."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 class RunFolder(RunCheckpoints):
@@ -81,11 +84,11 @@ class RunFolder(RunCheckpoints):
         Raises:
             CupytronError: `out` is one of the run's files.
         """
-        place = out.resolve()
+        # not Path.resolve, which fails where links go round in a circle
+        place = os.path.realpath(out)
         ours = (self.config, self.environment, self.tokenizer, self.metrics, self.saved)
-        if (
-            place in [path.resolve() for path in ours]
-            or self.checkpoints.resolve() in place.parents
+        if place in map(os.path.realpath, ours) or os.path.realpath(self.checkpoints) in map(
+            str, Path(place).parents
         ):
             raise CupytronError(f"{out}: is a file of the run itself; choose another --out")
 
@@ -96,7 +99,7 @@ class RunFolder(RunCheckpoints):
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for name in _REPLACED:
-            for left in self.path.glob(temporary(Path(name)).name):
+            for left in left_by_replacing(self.path / name):
                 left.unlink(missing_ok=True)
         return checkpoint.recover(self.checkpoints)
 
@@ -130,12 +133,13 @@ class RunFolder(RunCheckpoints):
         Raises:
             CupytronError: another process is training here.
         """
-        with open(self.path / ".lock", "a+") as file:
+        with open_in_place(self.path / ".lock") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                owner = file.read().strip() or "unknown"
+                found = file.read(20).decode(errors="replace").strip()
+                owner = found if found.isdecimal() else "unknown"
                 raise CupytronError(
                     f"{self.path}: another process (pid {owner}) is training in it; "
                     "wait for it, stop it, or choose another --out"
@@ -143,17 +147,15 @@ class RunFolder(RunCheckpoints):
             except OSError:
                 pass  # a file system without locks
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(str(os.getpid()).encode())
             file.flush()
             yield
 
     def write(self, path: Path, content: str) -> None:
         """Write one of the folder's files; a reader sees the old content or the new."""
-        new = temporary(path)
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(content)
+        with replacing(path) as file:
+            file.write(content.encode())
             sync(file)
-        new.replace(path)
         sync_folder(path.parent)
 
     # metrics
@@ -173,13 +175,17 @@ class RunFolder(RunCheckpoints):
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole records of metrics.jsonl."""
         try:
-            content = self.metrics.read_bytes()
+            content = self._metrics_content()
         except FileNotFoundError:
             return []
         return [record for record, _ in records(content) if record is not None]
 
+    def _metrics_content(self) -> bytes:
+        with open_file(self.metrics) as file:
+            return file.read()
+
     def _steps_of_lines(self, size: int | None) -> Iterator[tuple[int, str]]:
-        for record, line in records(self.metrics.read_bytes()[:size]):
+        for record, line in records(self._metrics_content()[:size]):
             step = record.get("step") if record is not None else None
             if isinstance(step, int):
                 yield step, line.decode()

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cupytron.durable import replacing
 from cupytron.errors import ConfigError
 from cupytron.parallel import checker
 from cupytron.parallel.checker import Span
@@ -278,14 +279,8 @@ def _event(
 
 def _write(path: Path, content: Any) -> None:
     """Write a file; a reader sees the old content or the new, and a full disk leaves no half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replacing(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def _common_zero(world: "Communicator") -> float:

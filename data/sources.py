@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from cupytron import durable
+
 from .errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -166,7 +168,7 @@ def open_file(path: Path) -> BinaryIO:
         DataError: it cannot be opened.
     """
     try:
-        return open(path, "rb")
+        return durable.open_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror}") from error
 

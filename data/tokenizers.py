@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cupytron.durable import open_file
+
 from .errors import DataError
 from .pieces import Piece, Tokens
 
@@ -246,7 +248,7 @@ def read_json_object(path: Path, max_bytes: int, what: str) -> dict[str, Any]:
         DataError: no such file, larger than `max_bytes`, not JSON, or not an object.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot read {what}: {error.strerror}") from error

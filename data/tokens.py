@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cupytron.durable import open_file
+
 from .errors import DataError
 
 BLOCK_TOKENS = 1 << 20
@@ -37,7 +39,8 @@ class FileTokens:
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_file(path) as file:
+                self._file = os.dup(file.fileno())
         except OSError as error:
             raise DataError(f"{path}: cannot read: {error.strerror}") from error
         # the file is closed once, when nobody has this object any more

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cupytron import checkpoint, checkpoint_files, manifest, reading
+from cupytron import checkpoint, checkpoint_files, durable, manifest, reading
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.errors import DamagedCheckpoint, GoneCheckpoint, UnreadableCheckpoint
 from cupytron.manifest import MANIFEST
@@ -49,11 +49,11 @@ def failing(monkeypatch):
                     raise OSError(number, os.strerror(number))
                 return super().readinto(buffer)
 
-        original = reading.open_file
+        original = durable.open_file
 
-        def opened(path):
+        def opened(path, follow=True):
             if path.name != name:
-                return original(path)
+                return original(path, follow)
             return io.BufferedReader(Failing(path))
 
         for module in (manifest, checkpoint_files):

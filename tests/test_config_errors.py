@@ -246,7 +246,9 @@ def test_files_that_cannot_be_read(tmp_path):
     assert lines_of(file=tmp_path / "nix") == [f"{tmp_path}/nix: there is no such file"]
     assert lines_of(file=tmp_path) == [f"{tmp_path}: is a folder; give a TOML file"]
     assert "embedded null byte" in lines_of(file="a\0b")[0]
-    assert "larger than 1 MiB" in lines_of(file="/dev/zero")[0]
+    assert lines_of(file="/dev/zero") == ["/dev/zero: is a pipe or a device; give a TOML file"]
+    (tmp_path / "large").write_bytes(b"#" * (1 << 21))
+    assert "larger than 1 MiB" in lines_of(file=tmp_path / "large")[0]
 
 
 def test_an_unknown_preset_lists_the_presets_nearest_first():

@@ -5,12 +5,12 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupytron import backend, process
+from cupytron.durable import replacing
 
 FORMAT = 1
 # what reading a file that is not there, or is no table, may end in
@@ -141,7 +141,6 @@ def write(file: Path, environment: dict[str, Any], found: Found, others: Others)
         **merged,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    # jobs that tune at the same time: each its own file, renamed into place
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        json.dump(table, new, indent=1)
-    os.replace(new.name, file)
+    # several jobs may tune at the same time
+    with replacing(file) as new:
+        new.write(json.dumps(table, indent=1).encode())
