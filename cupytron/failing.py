@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from cupytron import progress
-from cupytron.launcher import begin_mpi, launched_rank, launched_tasks
+from cupytron.launcher import begin_mpi, launched_rank, launched_tasks, local_ranks
 from cupytron.printable import printable
 
-PATIENCE = 5  # seconds that MPI has to end the job; then this process ends by a signal
+# seconds that MPI has to end the job, and more on a busy machine; then this process ends by a signal
+PATIENCE = 5
+_MOST = 120  # more seconds at most
 START = 30  # the same, where other ranks may still be loading modules, and have not begun with MPI
 _HEARD = 0.3  # seconds for the launcher to pass on what was said: it drops what comes with the end
 _FIRST = 0.7  # seconds that rank 0 has to be the one that speaks, if all ranks fail alike
@@ -78,8 +80,22 @@ def _join_mpi(patience: int) -> Any:
     with contextlib.suppress(AttributeError):
         # the other ranks may never begin with MPI, or another thread may be inside it and hold a lock that
         # Abort needs; every launcher notices a process that a signal has ended
-        signal.alarm(patience)
+        signal.alarm(scaled(patience, local_ranks(), os.getloadavg()[0], os.cpu_count() or 1))
     return begin_mpi()
+
+
+def scaled(patience: int, ranks: int, load: float, cores: int) -> int:
+    """Seconds to wait for MPI to begin on a machine where many ranks, or other programs, share the cores.
+
+    A rank needs about a second of a core until it has begun with MPI.
+
+    Args:
+        patience: seconds on an idle machine.
+        ranks: of this job on this machine.
+        load: processes that want to run, on average.
+        cores: of the machine.
+    """
+    return patience + int(min(_MOST, max(ranks, load) / cores))
 
 
 def _notes(error: BaseException | None) -> Iterator[str]:

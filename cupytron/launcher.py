@@ -4,14 +4,15 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupytron import progress
 from cupytron.errors import CupytronError
 
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
+_DAEMONS = ("hydra_", "prted", "orted")  # a launcher's helpers on a node, which pass on no signal
 
 
 # Open MPI, MPICH and its relatives, then srun. The first that is there counts: mpirun inside a Slurm job
@@ -64,19 +65,57 @@ def local_rank() -> int:
     return launched_rank() % local_ranks() if said is None else said
 
 
-def launcher_pid() -> int | None:
-    """The launcher's process, where it is an ancestor of this one."""
-    pid, found = os.getppid(), None
+class Ancestor(NamedTuple):
+    """A process above this one: its id, its name (15 characters at most) and its command line."""
+
+    pid: int
+    name: str
+    words: Sequence[str] = ()
+
+
+def ancestors() -> Iterator[Ancestor]:
+    """This process's parent, the parent of that, and so on, as far as they can be seen."""
+    pid = os.getppid()
     while pid > 1:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
         except OSError:
-            break
-        name, rest = stat.rpartition(")")[0].partition("(")[2], stat.rpartition(")")[2].split()
-        if name.startswith(_LAUNCHERS):
-            found = pid  # the outermost: a node's helper process hears of no signal
-        pid = int(rest[1])
-    return found
+            return
+        yield Ancestor(pid, stat.rpartition(")")[0].partition("(")[2], words)
+        pid = int(stat.rpartition(")")[2].split()[1])
+
+
+def launcher_pid() -> int | None:
+    """The launcher's process, or its helper on this node, where it is an ancestor of this one."""
+    found = [above.pid for above in ancestors() if above.name.startswith(_LAUNCHERS)]
+    return found[-1] if found else None  # the outermost
+
+
+def how_to_stop(environment: Mapping[str, str], above: Sequence[Ancestor], host: str) -> str:
+    """The command that makes all ranks of this job save and stop.
+
+    Args:
+        environment: of a rank.
+        above: that rank's ancestors, its parent first.
+        host: the rank's machine.
+    """
+    daemons = [a for a in above if a.name.startswith(_DAEMONS)]
+    launchers = [a for a in above if a.name.startswith(_LAUNCHERS) and a not in daemons]
+    if launchers:
+        return f"kill -USR1 {launchers[-1].pid} on {host}"
+    # PRRTE names its jobs after the machine and the process that started them
+    if named := re.match(r"prterun-(.+)-(\d+)@", environment.get("PMIX_NAMESPACE", "")):
+        return f"kill -USR1 {named[2]} on {named[1]}"
+    job = environment.get("SLURM_JOB_ID")
+    if job and "SLURM_STEP_ID" in environment and not daemons:
+        return f"scancel --signal=USR1 {job}"
+    where = "the machine where it was started"
+    for daemon in daemons:
+        if "--control-port" in daemon.words[:-1]:  # hydra's proxies know mpirun's HOST:PORT
+            at = daemon.words[daemon.words.index("--control-port") + 1]
+            where = at.rpartition(":")[0] or where
+    return f"kill -USR1 PID-OF-MPIRUN on {where}"
 
 
 def under_open_mpi() -> bool:

@@ -1,5 +1,6 @@
 """What a run of several ranks needs besides training: one data set for all, lines about the mesh."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError, CupytronError
 from cupytron.gpu import INSTALL, idle, open_device
 from cupytron.kernels import candidates
-from cupytron.launcher import launched_tasks, launcher_pid, under_open_mpi
+from cupytron.launcher import ancestors, how_to_stop, launched_tasks, under_open_mpi
 from cupytron.manifest import identity_of
 from cupytron.parallel import checker, schedules
 from cupytron.together import alike
@@ -238,7 +239,7 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
     if under_open_mpi():
         # it kills its ranks half a second after Ctrl-C: too soon for most saves
         ctrl_c = "; under Open MPI Ctrl-C and SIGTERM may lose the steps since the last save"
-    yield f"to save and stop: kill -USR1 {launcher_pid() or 'PID of mpirun'}{ctrl_c}"
+    yield f"to save and stop: {how_to_stop(os.environ, list(ancestors()), host())}{ctrl_c}"
 
 
 def _describe_gpu(config: RunConfig, device: Device, ranks: int) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cupytron import chart, report_page
 from cupytron.chart import Point
-from cupytron.durable import open_file
+from cupytron.durable import open_file, replacing
 from cupytron.errors import CupytronError
 from cupytron.printable import printable
 from cupytron.run_folder import RunFolder
