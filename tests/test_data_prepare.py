@@ -97,6 +97,7 @@ def test_folder_is_read_in_order_and_skips_what_is_no_text(here):
         "in: skipped 3 files that are not UTF-8 text: image.png, late.txt, nul.txt",
         "in: skipped 2 hidden files and folders: .git, .hidden",
         "in: skipped 1 link to a folder (give the folder by name): loop",
+        "the validation split has 1 token, and a loss needs 2; give a larger --val-fraction or more text",
     ]
     # the output is no source
     prepare_dataset(["in"], "in/out", overwrite=True)
