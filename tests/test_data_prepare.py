@@ -1,11 +1,13 @@
 """`prepare_dataset`: what each source becomes, the split, memory, and what stops it."""
 
+import contextlib
 import hashlib
 import http.server
 import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -339,6 +341,36 @@ def test_shakespeare_without_a_network_says_what_to_do(here, monkeypatch, url):
     monkeypatch.setenv(corpora.SHAKESPEARE_URL_VARIABLE, url)
     with pytest.raises(DataError, match=r"give the file instead|not an http"):
         prepare_dataset(["shakespeare"], "out")
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.0 200 OK\r\n", b"HTTP/1.0 200 OK\r\n\r\n"])
+def test_a_server_that_drips_is_given_up(here, monkeypatch, start):
+    """Whether it drips its first line, its headers or its text."""
+    done = threading.Event()
+
+    def drip(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(start)
+            while not done.wait(0.05):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/x"
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.setenv(corpora.SHAKESPEARE_URL_VARIABLE, address)
+        monkeypatch.setattr(corpora, "_DOWNLOAD_SECONDS", 0.5)
+        try:
+            with pytest.raises(
+                DataError, match=r"not done after 0.5 seconds.*give the file instead"
+            ):
+                prepare_dataset(["shakespeare"], "out")
+        finally:
+            done.set()
+            thread.join()
     assert os.listdir() == []
 
 
