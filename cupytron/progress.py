@@ -159,14 +159,14 @@ class Doing(NamedTuple):
     Attributes:
         step: the last step that is done.
         phase: what goes on since `seconds`.
-        count: how much of it is done; None: not known.
+        counted: how much of it is done; None: not known.
         waits_for: what this rank waits for; "": nothing.
     """
 
     step: int
     phase: str
     seconds: float
-    count: Count | None
+    counted: Count | None
     waits_for: str
 
 

@@ -56,7 +56,7 @@ def doing_fields(doing: Doing) -> Iterator[Field]:
         yield Field(f"in step {doing.step + 1}")
     else:
         yield Field(f"step {doing.step}, {doing.phase}" if doing.step else doing.phase)
-    count, left = doing.count, f"for {clock(doing.seconds)}"
+    count, left = doing.counted, f"for {clock(doing.seconds)}"
     if count is not None:
         unit = 2**20 if count.unit == "bytes" else 1
         name = "MB" if count.unit == "bytes" else count.unit

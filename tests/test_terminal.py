@@ -86,7 +86,7 @@ def test_clocks_count_hours_and_minutes():
 def test_counts_begin_anew_with_a_phase_and_with_the_next_piece_of_work():
     progress.note(1, "reading")
     progress.count(5, 10, "bytes")
-    assert progress.doing().count[:3] == (5, 10, "bytes")
+    assert progress.doing().counted[:3] == (5, 10, "bytes")
     began = progress._now.count[3]
     time.sleep(0.01)
     progress.note(1, "reading")  # the same phase goes on
@@ -95,7 +95,7 @@ def test_counts_begin_anew_with_a_phase_and_with_the_next_piece_of_work():
     progress.count(1, 10, "bytes")
     assert progress._now.count[3] > began
     progress.note(1, "writing")
-    assert progress.doing().count is None
+    assert progress.doing().counted is None
 
 
 def test_plain_lines_come_ever_more_seldom(monkeypatch):
