@@ -182,7 +182,7 @@ class _Run:
         self._started: _Started | None = None  # the step whose numbers have not been heard
         self._finished_at = 0.0
         self.val_loss: float | None = None  # of the current step, if it was evaluated
-        self.stop = StopRequest()
+        self.stop = StopRequest(speaks=not shown.quiet)
         self.phase = "at the start"
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf

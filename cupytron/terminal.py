@@ -75,11 +75,14 @@ class Display:
         quiet: show nothing.
         live: False: plain lines always. A launcher may show a terminal where there is none.
         stderr: write there in place of stdout, which is for results.
+
+    Attributes:
+        quiet: whether nothing is shown, because it was asked for or nobody is there to read it.
     """
 
     def __init__(self, quiet: bool = False, live: bool = True, stderr: bool = False) -> None:
         self._stream = sys.stderr if stderr else sys.stdout
-        self._quiet = quiet
+        self.quiet = quiet
         there = self._stream is not None and not quiet
         self._live = there and live and self._stream.isatty()
         self._fields: list[Field] = []
@@ -108,7 +111,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Show a line that stays; control characters in it are shown as escapes."""
-        if self._quiet:
+        if self.quiet:
             return
         text = printable(text)
         self._told = time.monotonic()
@@ -140,7 +143,7 @@ class Display:
 
     def _give_up(self) -> None:
         """The terminal or the pipe has gone: that must not end the run."""
-        self._quiet, self._live = True, False
+        self.quiet, self._live = True, False
         self._closed.set()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         # what is still buffered goes there when the process ends
