@@ -21,6 +21,7 @@ from cupytron.history import damage
 from cupytron.metrics import MetricsWriter
 from cupytron.run_checkpoints import eval_tokens
 from cupytron.run_folder import RunFolder
+from cupytron.sealed_schema import OF_MODEL, OF_RUN, check_keys
 from cupytron.together import together
 
 _MESH = ("tp", "pp", "dp", "zero")
@@ -46,6 +47,7 @@ def check_model(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> None
 
 def model_differences(found: Checkpoint, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """The settings of the model that change what weights mean: the checkpoint's value and this one's."""
+    check_keys(found.folder, found.about, OF_MODEL)
     before, now = found.about["model"], model.model_dump()
     # dropout and recompute change no tensor
     free = {"dropout", "recompute", "init_std", "family"}
@@ -59,8 +61,9 @@ def check_tokenizer(found: Checkpoint, dataset: Dataset) -> None:
     Raises:
         ConfigError: the data were made with another tokenizer, or with more ids than the model has.
     """
+    check_keys(found.folder, found.about, OF_MODEL)
     run = found.folder.parents[1]
-    known, ids = found.about["data"]["tokenizer_hash"], found.about["model"]["vocab_size"]
+    known, ids = found.about["data"].get("tokenizer_hash"), found.about["model"]["vocab_size"]
     if known == dataset.tokenizer_hash and dataset.vocab_size <= ids:
         return
     sizes = f"model.vocab_size is {ids} there, and the data set has {dataset.vocab_size} token ids"
@@ -111,7 +114,8 @@ def check_fits(
         ConfigError: saying what differs.
     """
     check_model(found, model, dataset)
-    before, now = found.about["settings"]["optim"]["name"], config.optim.name
+    check_keys(found.folder, found.about, OF_RUN)
+    before, now = found.about["settings"].get("optim", {}).get("name"), config.optim.name
     if before != now:
         raise ConfigError(
             f"{found.folder} does not fit: optim.name: {before} there, {now} asked for; "
@@ -150,9 +154,9 @@ def mesh_changed(found: Checkpoint, config: RunConfig, mesh: dict[str, int]) -> 
 
 def _data_changed(found: Checkpoint, dataset: Dataset) -> Iterator[str]:
     before = found.about["data"]
-    if before["train_sha256"] != dataset.train.sha256:
+    if before.get("train_sha256") != dataset.train.sha256:
         yield "the data set has changed: samples will not be those of an unbroken run"
-    if before["val_sha256"] != dataset.val.sha256:
+    if before.get("val_sha256") != dataset.val.sha256:
         yield (
             "the validation split has changed: validation losses before and from now on cannot be "
             "compared, so the best loss so far counts no more"
@@ -234,7 +238,7 @@ def prepare_folder(
         step = found.step
         folder.note_saved(step)
         folder.set_aside_after(step)
-        same = found.about["data"]["val_sha256"] == dataset.val.sha256
+        same = found.about["data"].get("val_sha256") == dataset.val.sha256
         if same and eval_tokens(found) == config.train.eval_tokens:
             best = folder.best(warn)
         for line in file_differs(folder.config, found, config):

@@ -23,7 +23,7 @@ from cupytron.errors import (
     GoneCheckpoint,
     UnreadableCheckpoint,
 )
-from cupytron.manifest import read_manifest
+from cupytron.sealed_schema import check_types
 from cupytron.together import together
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class RunCheckpoints:
         """The checkpoint of a step as this process sees it, not verified; or why there is none."""
         place = self.place(step)
         try:
-            found = Checkpoint(place)
+            found = _opened(place)
         except DamagedCheckpoint as error:
             return error if _still_there(place) else GoneCheckpoint(f"{place}: it was removed")
         except CheckpointError as error:
@@ -287,10 +287,17 @@ class RunCheckpoints:
                 checkpoint.discard(self.place(step))
 
 
+def _opened(place: Path) -> Checkpoint:
+    """The checkpoint of a run in a folder: its seal is whole, and what it seals has the right types."""
+    found = Checkpoint(place)
+    check_types(place, found.about)
+    return found
+
+
 def _still_there(place: Path) -> bool:
     """Whether a checkpoint that looked damaged is still there and damaged: neither removed nor replaced."""
     try:
-        read_manifest(place)
+        _opened(place)
     except CheckpointError:
         return place.exists()
     return False

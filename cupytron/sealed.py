@@ -11,6 +11,7 @@ from typing import Any
 from cupytron.config_io import read_toml
 from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint
 from cupytron.manifest import read_manifest
+from cupytron.sealed_schema import check_types
 
 _STEP = re.compile(r"step-(\d{8,12})")
 
@@ -68,7 +69,10 @@ def sealed_settings(run: Path) -> dict[str, Any] | None:
     """
     for step in reversed(list_steps(run)):
         try:
-            settings = read_manifest(step_folder(run, step)).body.get("settings")
+            folder = step_folder(run, step)
+            body = read_manifest(folder).body
+            check_types(folder, body)
+            settings = body.get("settings")
         except DamagedCheckpoint:
             continue  # the run says so later, when it passes over this checkpoint
         if isinstance(settings, dict):

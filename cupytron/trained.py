@@ -27,6 +27,7 @@ from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
 from cupytron.progress import Note, unwatched
 from cupytron.run_folder import RunFolder
+from cupytron.sealed_schema import OF_MODEL, check_keys
 from cupytron.together import together
 from cupytron.trainer import evaluate, load_buckets
 
@@ -273,6 +274,7 @@ def _load_from(
 ) -> TrainedModel:
     """A checkpoint's model on the mesh of `context`. Collective."""
     # the checkpoint's own record, which its hash covers, not config.toml, which anybody may have edited
+    check_keys(found.folder, found.about, OF_MODEL)
     try:
         config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
     except (ValueError, TypeError, KeyError) as error:
@@ -293,7 +295,7 @@ def _load_from(
         shards.materialize(None, config.train.dtype, compute_dtype=named_dtype(compute_dtype))
         load_buckets(found, shards, ("weight",), complete=False)
     data = found.about["data"]
-    tokenizer = _tokenizer(folder, data["tokenizer_hash"])
+    tokenizer = _tokenizer(folder, data.get("tokenizer_hash"))
     return TrainedModel(
         config, shards.pipeline, tokenizer, found.step, context, data.get("val_sha256"), warn
     )

@@ -29,6 +29,7 @@ LAYERS = [
         "sealed",
         "signals",
         "inherited",
+        "sealed_schema",
         "signs",
         "watchdog",
     },
