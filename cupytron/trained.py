@@ -278,7 +278,11 @@ def _load_from(
     try:
         config = RunConfig(**{**found.about["settings"], "model": found.about["model"]})
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{found.folder}: its settings cannot be used: {error}") from None
+        reason = " ".join(str(error).split())  # pydantic's errors have several lines
+        raise CheckpointError(f"{found.folder}: its settings cannot be used: {reason}") from None
+    if lacking := [name for name, value in config.model if value is None]:
+        # a run seals its model with everything filled in
+        raise CheckpointError(f"{found.folder}: its model lacks {', '.join(lacking)}")
     # the data may have moved since, and the run been told so
     with contextlib.suppress(ConfigError):
         if (path := load_config(file=folder.config).data.path) is not None:
