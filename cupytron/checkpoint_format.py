@@ -79,6 +79,7 @@ def listed(tensor: Any, shape: Any, dtype: Any, box: Any, span: Any) -> Listed:
         and numbers == {int}
         and len(shape) <= _MAX_DIMS
         and math.prod(shape) <= _MAX_ELEMENTS
+        and max(shape, default=0) <= _MAX_ELEMENTS  # beside a dim of 0
         and fits(box, shape)
         and 0 <= start <= stop <= volume(box)
     )

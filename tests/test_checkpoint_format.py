@@ -283,6 +283,11 @@ def test_only_our_own_names_are_opened(tmp_path, name):
         Checkpoint(tmp_path / "a")
 
 
+def test_a_dim_beside_one_of_zero_fits_64_bits():
+    with pytest.raises(ValueError, match="a piece of x"):
+        checkpoint_format.listed("x", [0, 10**30], "float32", [[0, 0], [0, 10**30]], [0, 0])
+
+
 @pytest.mark.parametrize("name", [FILE, MANIFEST])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "dangling link"])
 def test_what_is_not_a_file_is_not_opened(tmp_path, name, kind):
