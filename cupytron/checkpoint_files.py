@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from cupytron import progress
-from cupytron.checkpoint_format import MAX_HEADER, Listed, header_of, listed, parse_header
+from cupytron.checkpoint_format import MAX_HEADER, Listed, end_of, header_of, listed, parse_header
 from cupytron.durable import NotAFile, open_file
 from cupytron.errors import (
     CheckpointError,
@@ -194,6 +194,8 @@ class CheckpointFiles:
                 else:
                     # the hash of the header has proved that these are its pieces
                     pieces, offsets = entry.pieces, header_of(entry.pieces, with_list=False)[1]
+                if pieces and end_of(pieces[-1], offsets[-1]) != entry.bytes:
+                    raise ValueError("its pieces end elsewhere than the file")
                 tables.append(table_of(number, pieces, offsets))
             except ValueError as error:
                 raise self.damaged(f"{entry.name} is damaged: {error}") from None

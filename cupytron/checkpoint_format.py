@@ -200,6 +200,11 @@ def header_of(pieces: list[Listed], with_list: bool = True) -> tuple[bytes, list
     return head, [len(head) + offset for offset in offsets]
 
 
+def end_of(piece: Listed, offset: int) -> int:
+    """The byte of a file behind a piece that begins at byte `offset`."""
+    return offset + (piece.stop - piece.start) * _SIZES[piece.dtype]
+
+
 def parse_header(head: bytes) -> tuple[list[Listed], list[int]]:
     """The pieces that the beginning of a file lists, and where in the file each one begins.
 

@@ -283,6 +283,20 @@ def test_only_our_own_names_are_opened(tmp_path, name):
         Checkpoint(tmp_path / "a")
 
 
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_file_that_ends_elsewhere_than_its_pieces_is_damaged(tmp_path, change):
+    """Its size and its hashes are sealed as they are, so they prove nothing."""
+    write(tmp_path / "a")
+    path, body = tmp_path / "a" / FILE, body_of(tmp_path / "a")
+    content = path.read_bytes()
+    content = content + b"\0" * change if change > 0 else content[:change]
+    path.write_bytes(content)
+    body["files"][FILE].update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (tmp_path / "a" / MANIFEST).write_bytes(seal(body))
+    with pytest.raises(DamagedCheckpoint, match="its pieces end elsewhere than the file"):
+        Checkpoint(tmp_path / "a").verify()
+
+
 def test_a_dim_beside_one_of_zero_fits_64_bits():
     with pytest.raises(ValueError, match="a piece of x"):
         checkpoint_format.listed("x", [0, 10**30], "float32", [[0, 0], [0, 10**30]], [0, 0])
