@@ -254,7 +254,9 @@ def check_what_is_waited_for_can_be_read(comm: Communicator) -> None:
 
 
 def check_objects_and_barrier(comm: Communicator) -> None:
-    assert comm.gather_objects({"rank": comm.rank}) == [{"rank": r} for r in range(comm.size)]
+    everyone = [{"rank": r} for r in range(comm.size)]
+    assert comm.gather_objects({"rank": comm.rank}) == everyone
+    assert comm.collect_objects({"rank": comm.rank}) == (everyone if comm.rank == 0 else [])
     comm.barrier()
 
 

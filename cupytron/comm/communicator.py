@@ -108,6 +108,16 @@ class Communicator(Bookkeeping):
         self._run("gather_objects", lambda: values.extend(self._gather_objects(value)))
         return values
 
+    def collect_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks, on rank 0; [] on the others.
+
+        For what only rank 0 needs: on every rank it would grow with the square of their number.
+        """
+        self.calls["collect_objects"] += 1
+        values: list[Any] = []
+        self._run("collect_objects", lambda: values.extend(self._collect_objects(value)))
+        return values
+
     # between two ranks
 
     def send(self, x: Any, to: int, async_op: bool = False) -> Any:
@@ -170,6 +180,11 @@ class Communicator(Bookkeeping):
     def _barrier(self) -> None: ...
     @abstractmethod
     def _gather_objects(self, value: Any) -> list[Any]: ...
+
+    def _collect_objects(self, value: Any) -> list[Any]:
+        values = self._gather_objects(value)
+        return values if self.rank == 0 else []
+
     @abstractmethod
     def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]: ...
     @abstractmethod

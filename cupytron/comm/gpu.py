@@ -124,6 +124,9 @@ class GPUCommunicator(Communicator):
     def _gather_objects(self, value: Any) -> list[Any]:
         return self.host._gather_objects(value)
 
+    def _collect_objects(self, value: Any) -> list[Any]:
+        return self.host._collect_objects(value)
+
     def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
         return self._way(x)._send(x, to, buffered)
 

@@ -120,6 +120,9 @@ class MPICommunicator(Communicator):
     def _gather_objects(self, value: Any) -> list[Any]:
         return self._comm.allgather(value)
 
+    def _collect_objects(self, value: Any) -> list[Any]:
+        return self._comm.gather(value) or []
+
     def _send(self, x: Any, to: int, buffered: bool) -> Callable[[], None]:
         return self._post_send(x.copy() if buffered else x, to, buffered)
 
