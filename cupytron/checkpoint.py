@@ -36,6 +36,7 @@ from cupytron.checkpoint_format import (
 from cupytron.comm import Communicator, SelfCommunicator
 from cupytron.durable import sync_folder, sync_parents, write_synced
 from cupytron.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
+from cupytron.launcher import named
 from cupytron.manifest import MANIFEST, MAX_BYTES, read_manifest, seal
 from cupytron.piece_table import Pieces, PieceTable, by_tensor, merged, untiled
 from cupytron.together import alike, together
@@ -71,7 +72,7 @@ def write(
     first = world.rank == 0
     try:
         together(world, lambda: _make_afresh(temporary) if first else None)
-        parts = world.gather_objects(
+        parts = world.collect_objects(
             together(world, lambda: _write_part(temporary, list(pieces), world.rank))
         )
         together(world, lambda: _finish(temporary, folder, about, parts) if first else None)
@@ -219,11 +220,11 @@ class Checkpoint:
         self._verified = True
 
     def _check_same(self, world: Communicator) -> None:
-        seen = world.gather_objects(self.sha256)
-        other = next((rank for rank, sha256 in enumerate(seen) if sha256 != seen[0]), None)
+        seen = world.gather_objects((named(world.rank), self.sha256))
+        other = next((name for name, sha256 in seen if sha256 != seen[0][1]), None)
         if other is not None:
             raise CheckpointError(
-                f"rank {other} sees another checkpoint of step {self.step} than rank 0 in "
+                f"{other} sees another checkpoint of step {self.step} than rank 0 in "
                 f"{self.folder}; put the run's folder on a file system that all ranks share"
             )
 

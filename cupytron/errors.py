@@ -23,3 +23,7 @@ class UnreadableCheckpoint(CheckpointError):
 
 class GoneCheckpoint(CheckpointError):
     """It was removed or replaced while it was read: the reader chooses again."""
+
+
+class WrongLauncher(CupytronError):
+    """MPI cannot be loaded, or does not know of the processes that the launcher started."""

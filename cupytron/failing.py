@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from cupytron import progress
-from cupytron.launcher import begin_mpi, launched_rank, launched_tasks, local_ranks
+from cupytron.errors import WrongLauncher
+from cupytron.launcher import (
+    begin_mpi,
+    launched_rank,
+    launched_tasks,
+    local_rank,
+    local_ranks,
+    named,
+)
 from cupytron.printable import printable
 
 # seconds that MPI has to end the job, and more on a busy machine; then this process ends by a signal
@@ -54,6 +62,10 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         message, code: what is said, and the job's exit code.
         show_traceback: print the error's traceback, too.
     """
+    if isinstance(error, WrongLauncher) and local_rank() > 0:
+        abort(
+            code, START
+        )  # the first rank of each machine says it, since MPI connects none of them
     if rank := launched_rank():
         # all ranks may have met the same error: the first ends the job, and is the only one that speaks;
         # it can do so only once all have begun with MPI
@@ -62,7 +74,7 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(_FIRST + min(3.0, 0.4 * rank))
     notes = "; ".join(dict.fromkeys(_notes(error)))
-    text = f"error: rank {rank}: {message}" + (f" ({notes})" if notes else "") + "\n"
+    text = f"error: {named(rank)}: {message}" + (f" ({notes})" if notes else "") + "\n"
     if show_traceback:
         text = "".join(traceback.format_exception(error)) + text
     with contextlib.suppress(Exception):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupytron import progress
-from cupytron.errors import CupytronError
+from cupytron.errors import WrongLauncher
+from cupytron.launch_advice import is_pmix_without_support, remedy
+from cupytron.versions import host
 
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
 _DAEMONS = ("hydra_", "prted", "orted")  # a launcher's helpers on a node, which pass on no signal
@@ -65,6 +67,11 @@ def local_rank() -> int:
     return launched_rank() % local_ranks() if said is None else said
 
 
+def named(rank: int) -> str:
+    """This process's rank, for messages: with its machine, if the job has several."""
+    return f"rank {rank}" if local_ranks() == launched_tasks() else f"rank {rank} on {host()}"
+
+
 class Ancestor(NamedTuple):
     """A process above this one: its id, its name (15 characters at most) and its command line."""
 
@@ -103,10 +110,10 @@ def how_to_stop(environment: Mapping[str, str], above: Sequence[Ancestor], host:
     daemons = [a for a in above if a.name.startswith(_DAEMONS)]
     launchers = [a for a in above if a.name.startswith(_LAUNCHERS) and a not in daemons]
     if launchers:
-        return f"kill -USR1 {launchers[-1].pid} on {host}"
+        return f"kill -USR1 {launchers[-1].pid}, on {host}"
     # PRRTE names its jobs after the machine and the process that started them
-    if named := re.match(r"prterun-(.+)-(\d+)@", environment.get("PMIX_NAMESPACE", "")):
-        return f"kill -USR1 {named[2]} on {named[1]}"
+    if started := re.match(r"prterun-(.+)-(\d+)@", environment.get("PMIX_NAMESPACE", "")):
+        return f"kill -USR1 {started[2]}, on {started[1]}"
     job = environment.get("SLURM_JOB_ID")
     if job and "SLURM_STEP_ID" in environment and not daemons:
         return f"scancel --signal=USR1 {job}"
@@ -115,7 +122,7 @@ def how_to_stop(environment: Mapping[str, str], above: Sequence[Ancestor], host:
         if "--control-port" in daemon.words[:-1]:  # hydra's proxies know mpirun's HOST:PORT
             at = daemon.words[daemon.words.index("--control-port") + 1]
             where = at.rpartition(":")[0] or where
-    return f"kill -USR1 PID-OF-MPIRUN on {where}"
+    return f"kill -USR1 PID-OF-MPIRUN, on {where}"
 
 
 def under_open_mpi() -> bool:
@@ -133,7 +140,7 @@ def begin_mpi() -> Any:
     """Import mpi4py's MPI, and begin with it where it is not begun; returns the module.
 
     Raises:
-        CupytronError: MPI cannot be loaded, or is not the launcher's: N silent worlds of one process
+        WrongLauncher: MPI cannot be loaded, or is not the launcher's: N silent worlds of one process
             would be N runs that write the same files.
     """
     tasks = launched_tasks()
@@ -144,12 +151,17 @@ def begin_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise CupytronError(
+        raise WrongLauncher(
             f"a launcher started {tasks} processes, and MPI cannot be loaded: {reason}; install the "
             "launcher's MPI library, or name it in MPI4PY_LIBMPI"
         ) from error
-    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip()
+    version = MPI.Get_library_version()
+    library = " ".join(version.split(",")[0].splitlines()[0].split())
     ours = "Open MPI" in library
+    if is_pmix_without_support(version):
+        raise WrongLauncher(
+            f"a launcher started {tasks} processes by PMIx, which {library} does not speak; {remedy(ours)}"
+        )
     # its launchers leave marks; on anybody else's, beginning with MPI may end the process
     belongs = ours if under_open_mpi() else not ours or not _said("PMI_SIZE")
     if belongs and not MPI.Is_initialized():
@@ -157,10 +169,9 @@ def begin_mpi() -> Any:
             _init(MPI)
     known = MPI.COMM_WORLD.size if MPI.Is_initialized() else 1
     if known != tasks:
-        raise CupytronError(
+        raise WrongLauncher(
             f"a launcher started {tasks} processes, and MPI knows {known}: mpi4py has loaded "
-            f"{library}, which this launcher does not belong to; start with that library's own "
-            "mpirun, or name the launcher's library in MPI4PY_LIBMPI"
+            f"{library}, which this launcher does not belong to; {remedy(ours)}"
         )
     return MPI
 

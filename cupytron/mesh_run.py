@@ -1,5 +1,6 @@
 """What a run of several ranks needs besides training: one data set for all, lines about the mesh."""
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,8 @@ from cupytron.data import DataError, Dataset, open_dataset
 from cupytron.errors import ConfigError, CupytronError
 from cupytron.gpu import INSTALL, idle, open_device
 from cupytron.kernels import candidates
-from cupytron.launcher import ancestors, how_to_stop, launched_tasks, under_open_mpi
+from cupytron.launch_advice import lone_process_in_allocation
+from cupytron.launcher import ancestors, how_to_stop, launched_tasks, named, under_open_mpi
 from cupytron.manifest import identity_of
 from cupytron.parallel import checker, schedules
 from cupytron.together import alike
@@ -114,13 +116,17 @@ def check_alike(world: Communicator, free: Collection[str] = (), **values: Any) 
         ConfigError: the same on every rank, naming the first rank that differs and what it has.
     """
     mine = {key: value for key, value in _flat(values) if key not in free}
-    wanted, *others = world.gather_objects(mine)
-    for rank, other in enumerate(others, start=1):
+    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
+    if len(set(world.gather_objects(digest))) == 1:
+        return
+    # a difference is rare: only then everything goes to every rank, which grows with their square
+    (_, wanted), *others = world.gather_objects((named(world.rank), mine))
+    for name, other in others:
         different = [key for key in wanted if other.get(key) != wanted[key]]
         lines = [f"{key}: {other.get(key)} there, {wanted[key]} on rank 0" for key in different]
         if lines:
             raise ConfigError(
-                f"rank {rank} was started with other settings than rank 0: {'; '.join(lines)}; start all "
+                f"{name} was started with other settings than rank 0: {'; '.join(lines)}; start all "
                 "ranks with one command and the same files"
             )
 
@@ -145,12 +151,14 @@ def open_mesh(config: RunConfig, world: Communicator | None = None) -> ParallelC
     device = open_device(parallel.device, config)
     if device.gpu:
         check_gpu(config)
-    places = world.gather_objects(device.name)
+    ranks = world.gather_objects((named(world.rank), device.name))
+    places = [name for _, name in ranks]
     with_gpu = [place != CPU.name for place in places]
     if any(with_gpu) and not all(with_gpu):
         raise CupytronError(
-            f"--device {parallel.device}: rank {with_gpu.index(True)} has a GPU and rank "
-            f"{with_gpu.index(False)} none; give --device cpu, or start ranks where there are GPUs"
+            f"--device {parallel.device}: {ranks[with_gpu.index(True)][0]} has a GPU and "
+            f"{ranks[with_gpu.index(False)][0]} none; give --device cpu, or "
+            "start ranks where there are GPUs"
         )
     if device.gpu:
         device.places = places
@@ -228,6 +236,8 @@ def describe(config: RunConfig, context: ParallelContext) -> Iterator[str]:
         yield from _describe_gpu(config, context.device, size)
     elif idle(parallel.device):
         yield f"warning: there is a GPU, but no CuPy, so a CPU is used; {INSTALL}"
+    if launched_tasks() == 1 and (advice := lone_process_in_allocation()):
+        yield f"warning: {advice}"
     if size == 1:
         return
     sp = ", sequence parallel" if parallel.sp and sizes["tp"] > 1 else ""

@@ -106,7 +106,8 @@ class RunCheckpoints:
         for rank, kind, text in sorted(
             failed, key=lambda each: each[1] is not UnreadableCheckpoint
         ):
-            raise kind(text if world.size == 1 else f"rank {rank}: {text}")
+            on = f" on {views[rank].host}" if len({view.host for view in views}) > 1 else ""
+            raise kind(text if world.size == 1 else f"rank {rank}{on}: {text}")
         (seen,) = found
         assert isinstance(seen, Checkpoint)
         together(world, seen.hold)

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from cupytron.comm import CommunicationError, Communicator
 from cupytron.errors import CupytronError
+from cupytron.launcher import named
 
 T = TypeVar("T")
 
@@ -15,17 +16,18 @@ T = TypeVar("T")
 class _Failure(NamedTuple):
     """What a rank tells of its error: an exception itself may not travel between processes."""
 
+    rank: str  # as it is named in messages
     kind: type[CupytronError] | None  # None: OSError if there is an errno, else a bug
     errno: int | None
     text: str
     filename: str | None
 
-    def on(self, rank: int) -> Exception:
+    def everywhere(self) -> Exception:
         if self.kind is not None:
-            return self.kind(f"rank {rank}: {self.text}")
+            return self.kind(f"{self.rank}: {self.text}")
         if self.errno is not None:
-            return OSError(self.errno, f"rank {rank}: {self.text}", self.filename)
-        return CommunicationError(f"ended because rank {rank} failed: {self.text}")
+            return OSError(self.errno, f"{self.rank}: {self.text}", self.filename)
+        return CommunicationError(f"ended because {self.rank} failed: {self.text}")
 
 
 def together(world: Communicator, work: Callable[[], T]) -> T:
@@ -47,14 +49,14 @@ def together(world: Communicator, work: Callable[[], T]) -> T:
         raise  # there is nobody to tell
     except Exception as error:
         mine = error
-    failures = world.gather_objects(None if mine is None else _told(mine))
+    failures = world.gather_objects(None if mine is None else _told(world.rank, mine))
     for rank, failure in enumerate(failures):
         if failure is None:
             continue
         if rank == world.rank and failure.kind is None and failure.errno is None:
             assert mine is not None
             raise mine
-        raise failure.on(rank) from mine
+        raise failure.everywhere() from mine
     return result
 
 
@@ -70,10 +72,11 @@ def alike(world: Communicator, key: object) -> list[int]:
     return [rank for rank, other in enumerate(world.gather_objects(key)) if other == key]
 
 
-def _told(error: Exception) -> _Failure:
+def _told(rank: int, error: Exception) -> _Failure:
+    name = named(rank)
     if isinstance(error, CupytronError):
-        return _Failure(type(error), None, str(error), None)
+        return _Failure(name, type(error), None, str(error), None)
     if isinstance(error, OSError) and error.errno is not None:
-        name = None if error.filename is None else str(error.filename)
-        return _Failure(None, error.errno, error.strerror or str(error), name)
-    return _Failure(None, None, f"{type(error).__name__}: {error}", None)
+        filename = None if error.filename is None else str(error.filename)
+        return _Failure(name, None, error.errno, error.strerror or str(error), filename)
+    return _Failure(name, None, None, f"{type(error).__name__}: {error}", None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from cupytron import progress
 from cupytron.failing import abort
+from cupytron.launcher import named
 from cupytron.printable import printable
 from cupytron.signs import Address, Sign, Signs
 
@@ -155,7 +156,7 @@ class Watchdog:
     def _bite(self, stuck: str) -> None:
         with contextlib.suppress(Exception):
             line = (
-                f"error: rank {self.rank}: {stuck}; if it was only slow, give a longer --timeout "
+                f"error: {named(self.rank)}: {stuck}; if it was only slow, give a longer --timeout "
                 f"(parallel.timeout={self.timeout:g}); the stacks of this rank's threads follow"
             )
             sys.stderr.write(printable(line) + "\n")

@@ -18,27 +18,27 @@ PRRTE = {"OMPI_COMM_WORLD_SIZE": "4", "PMIX_NAMESPACE": "prterun-login-2-815@1"}
 @pytest.mark.parametrize(
     ("environment", "above", "said"),
     [
-        ({"PMI_SIZE": "2"}, [PROXY, Ancestor(10, "mpiexec"), SHELL], "kill -USR1 10 on hn1"),
-        ({"PMI_SIZE": "2"}, [PROXY, Ancestor(10, "mpiexec.hydra")], "kill -USR1 10 on hn1"),
+        ({"PMI_SIZE": "2"}, [PROXY, Ancestor(10, "mpiexec"), SHELL], "kill -USR1 10, on hn1"),
+        ({"PMI_SIZE": "2"}, [PROXY, Ancestor(10, "mpiexec.hydra")], "kill -USR1 10, on hn1"),
         # hydra over ssh: its proxy ignores the signal
-        ({"PMI_SIZE": "4"}, [PROXY, SSHD], "kill -USR1 PID-OF-MPIRUN on hnctl"),
+        ({"PMI_SIZE": "4"}, [PROXY, SSHD], "kill -USR1 PID-OF-MPIRUN, on hnctl"),
         # Open MPI 5: on mpirun's machine, and below a daemon on another one
-        (PRRTE, [Ancestor(815, "prterun"), SHELL], "kill -USR1 815 on hn1"),
-        (PRRTE, [Ancestor(9, "prted"), SSHD], "kill -USR1 815 on login-2"),
+        (PRRTE, [Ancestor(815, "prterun"), SHELL], "kill -USR1 815, on hn1"),
+        (PRRTE, [Ancestor(9, "prted"), SSHD], "kill -USR1 815, on login-2"),
         # Open MPI 4
-        ({"PMIX_NAMESPACE": "3407872001"}, [Ancestor(8, "mpirun")], "kill -USR1 8 on hn1"),
+        ({"PMIX_NAMESPACE": "3407872001"}, [Ancestor(8, "mpirun")], "kill -USR1 8, on hn1"),
         (
             {"PMIX_NAMESPACE": "3407872001"},
             [Ancestor(9, "orted"), SSHD],
-            "kill -USR1 PID-OF-MPIRUN on the machine where it was started",
+            "kill -USR1 PID-OF-MPIRUN, on the machine where it was started",
         ),
         # srun, also where a container hides the processes above
         (SLURM, [STEP], "scancel --signal=USR1 17"),
         (SLURM, [], "scancel --signal=USR1 17"),
         # mpirun inside a batch script, on its node and on another one
-        (BATCH, [Ancestor(8, "mpirun"), SHELL, STEP], "kill -USR1 8 on hn1"),
-        (SLURM, [PROXY, STEP], "kill -USR1 PID-OF-MPIRUN on hnctl"),
-        (SLURM | PRRTE, [Ancestor(9, "prted"), STEP], "kill -USR1 815 on login-2"),
+        (BATCH, [Ancestor(8, "mpirun"), SHELL, STEP], "kill -USR1 8, on hn1"),
+        (SLURM, [PROXY, STEP], "kill -USR1 PID-OF-MPIRUN, on hnctl"),
+        (SLURM | PRRTE, [Ancestor(9, "prted"), STEP], "kill -USR1 815, on login-2"),
     ],
 )
 def test_the_command_that_stops_a_job(environment, above, said):

@@ -18,6 +18,7 @@ LAYERS = [
     {"errors", "chart", "progress", "durable", "reading", "printable", "terminal"},
     {
         "launcher",
+        "launch_advice",
         "failing",
         "process",
         "config",

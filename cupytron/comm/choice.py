@@ -12,7 +12,7 @@ from cupytron.comm.gpu import GPUCommunicator
 from cupytron.comm.nccl import NCCL
 from cupytron.comm.staged import Staged
 from cupytron.errors import CupytronError
-from cupytron.launcher import local_rank
+from cupytron.launcher import local_rank, named
 
 WISHES = ("auto", "nccl", "mpi", "mpi-staged")
 _STAGED = "or choose --comm mpi-staged"
@@ -126,9 +126,9 @@ def _mpi_problem(world: Communicator, number: int, asked_for: bool) -> str | Non
     if any(said) and not asked_for:
         return "the MPI library does not say that it is CUDA-aware"
     problem = cuda_aware.trial(number) if local_rank() == 0 else None  # one for each node
-    for rank, found in enumerate(world.gather_objects(problem)):
+    for name, found in world.gather_objects((named(world.rank), problem)):
         if found is not None:
-            return f"device memory could not be sent through MPI (rank {rank}: {found})"
+            return f"device memory could not be sent through MPI ({name}: {found})"
     return None
 
 

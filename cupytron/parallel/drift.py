@@ -24,6 +24,7 @@ from cupytron import backend
 from cupytron.comm import ParallelContext
 from cupytron.comm.mesh import place
 from cupytron.errors import CupytronError
+from cupytron.launcher import named
 from cupytron.parallel.buffer import Bucket
 from cupytron.parallel.zero import Zero
 
@@ -120,7 +121,8 @@ def differences(
     if all(len(different) == 1 for different in seen.values()):
         return []
     # a difference is rare, so finding it may cost more: every fingerprint goes to every rank
-    return _told(context.world.gather_objects(fingerprints), context)
+    everyone = context.world.gather_objects((named(context.world.rank), fingerprints))
+    return _told(everyone, context)
 
 
 def fingerprint(values: Any) -> int:
@@ -194,26 +196,35 @@ def _digest(items: list[Item], fingerprints: Mapping[Item, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _told(everyone: list[dict[Item, Any]], context: ParallelContext) -> list[Difference]:
-    """The items that are not the same on all ranks that hold them."""
+def _told(
+    everyone: list[tuple[str, dict[Item, Any]]], context: ParallelContext
+) -> list[Difference]:
+    """The items that are not the same on all ranks that hold them.
+
+    Args:
+        everyone: each rank's name and fingerprints.
+    """
+    names = [name.removeprefix("rank ") for name, _ in everyone]
     holders: dict[Item, dict[int, Any]] = {}
-    for rank, fingerprints in enumerate(everyone):
+    for rank, (_, fingerprints) in enumerate(everyone):
         for item, value in fingerprints.items():
             holders.setdefault(item, {})[rank] = value
     return [
-        _difference(item, by_rank, context)
+        _difference(item, by_rank, names, context)
         for item, by_rank in holders.items()
         if len(set(by_rank.values())) > 1
     ]
 
 
-def _difference(item: Item, by_rank: dict[int, Any], context: ParallelContext) -> Difference:
+def _difference(
+    item: Item, by_rank: dict[int, Any], names: list[str], context: ParallelContext
+) -> Difference:
     # the value that most ranks have is taken for the right one; of two, that of the first rank
     right, _ = Counter(by_rank.values()).most_common(1)[0]
     good = [rank for rank, value in by_rank.items() if value == right]
     odd = [rank for rank, value in by_rank.items() if value != right]
     hold = "holds" if len(odd) == 1 else "hold"
-    line = f"{_ranks(odd)} {hold} another {item.name} than {_ranks(good)}"
+    line = f"{_ranks(odd, names)} {hold} another {item.name} than {_ranks(good, names)}"
     if not item.box:
         theirs = ", ".join(dict.fromkeys(by_rank[rank] for rank in odd))
         line += f" ({theirs} in place of {right})"
@@ -224,5 +235,5 @@ def _difference(item: Item, by_rank: dict[int, Any], context: ParallelContext) -
     return Difference(line, bool(item.box) and bool(pipelines[0] & pipelines[1]))
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _ranks(ranks: list[int], names: list[str]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names[rank] for rank in ranks)}"
