@@ -4,6 +4,8 @@ import click
 
 from cupytron.cli.help import Command, Folder, option
 from cupytron.cli.options import Settings, prepare_process, set_timeout, settings_options
+from cupytron.errors import ConfigError
+from cupytron.launcher import launched_tasks
 
 
 @click.command(
@@ -79,7 +81,17 @@ def command(
         from cupytron.trace import parse_range
 
         steps = parse_range(trace) if trace is not None else None
-        config = settings.load(run=out, mesh=True, init_from=init_from)
+        which = "best" if init_checkpoint is None else init_checkpoint
+        try:
+            config = settings.load(run=out, mesh=True, init_from=init_from)
+        except ConfigError:
+            if launched_tasks() > 1:
+                # the settings may be wrong for the reason alone that this rank does not see the run
+                from cupytron.comm import open_world
+                from cupytron.run import check_one_run
+
+                check_one_run(open_world(), out, resume, init_from, which, steps)
+            raise
         set_timeout(config.parallel.timeout)
         environment = prepare_process(config)
 
@@ -96,5 +108,5 @@ def command(
             quiet,
             world,
             steps,
-            init_checkpoint="best" if init_checkpoint is None else init_checkpoint,
+            init_checkpoint=which,
         ).exit_code

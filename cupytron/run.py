@@ -82,15 +82,40 @@ def train(
     if init_from is not None and not str(init_from):
         raise ConfigError("--init-from is empty; give a run's folder, or leave the option out")
     folder, world = RunFolder(out), world or SelfCommunicator()
-    # first of all, as in every command: ranks may have been started with different ones
     which = str(init_checkpoint)
-    mesh_run.check_alike(
-        world, out=str(out), resume=resume, init=str(init_from), init_checkpoint=which, trace=trace
-    )
+    check_one_run(world, out, resume, init_from, which, trace)
     source = None if init_from is None else Source(RunFolder(init_from), which)
     shown = Progress(config.train.max_steps, quiet or world.rank > 0, live=world.size == 1)
     with mesh_run.watched(world, config.parallel.timeout), shown:
         return _train(config, folder, environment, resume, source, shown, world, trace, on_step)
+
+
+def check_one_run(
+    world: Communicator,
+    out: str | Path,
+    resume: str,
+    init_from: str | Path | None,
+    init_checkpoint: str,
+    trace: tuple[int, int] | None,
+) -> None:
+    """Refuse ranks that were started differently, or see different checkpoints in `out`. Collective.
+
+    This comes before settings are compared or found wrong: a rank that does not see the run has not read
+    the run's own settings. The arguments are those of train.
+
+    Raises:
+        ConfigError, CheckpointError: how the ranks differ; the same on every rank.
+    """
+    # first of all, as in every command: ranks may have been started with different ones
+    mesh_run.check_alike(
+        world,
+        out=str(out),
+        resume=resume,
+        init=str(init_from),
+        init_checkpoint=init_checkpoint,
+        trace=trace,
+    )
+    RunFolder(out).compare_steps(world)
 
 
 def _train(
@@ -105,8 +130,6 @@ def _train(
     on_step: OnStep | None,
 ) -> Outcome:
     """As train, with all its arguments given, inside the watchdog's context."""
-    # this comes before settings are compared: a rank that does not see the run has read other settings
-    folder.compare_steps(world)
     if config.data.path is None:
         raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
     environment = environment or prepare_process(config)
