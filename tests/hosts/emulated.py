@@ -19,6 +19,7 @@ from pathlib import Path
 
 _INIT = Path(__file__).with_name("init.py")
 _NEW = ["unshare", "--uts", "--ipc", "--net", "--mount", "--pid", "--fork", "--kill-child"]
+_WITH_US = ["setpriv", "--pdeathsig", "KILL"]  # ends where this process ends, however that is
 NETWORK = "10.77.0"
 BRIDGE = "br0"
 
@@ -50,7 +51,7 @@ def why_not() -> str | None:
     """Why hosts cannot be emulated here; None if they can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "hosts are emulated on Linux, by root"
-    for tool in ("unshare", "nsenter", "ip"):
+    for tool in ("unshare", "nsenter", "setpriv", "ip"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed: apt-get install util-linux iproute2"
     probe = (
@@ -172,7 +173,7 @@ class Hosts:
         self.rsh.chmod(0o755)
         try:
             self.control._begin(
-                [],
+                _WITH_US,
                 f"ip link add {BRIDGE} type bridge\n"
                 f"ip addr add {self.control.address}/24 dev {BRIDGE}\n"
                 f"ip link set {BRIDGE} up",

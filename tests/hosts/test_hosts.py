@@ -1,5 +1,6 @@
 """Jobs over two emulated hosts: the same numbers, shared folders and others, hosts and links that fail."""
 
+import os
 import re
 import sys
 import time
@@ -73,6 +74,25 @@ def test_hosts_have_names_and_networks_of_their_own_and_leave_nothing(tmp_path):
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
+def test_hosts_end_with_a_test_that_is_killed(tmp_path):
+    script = (
+        "import sys, time, pathlib, emulated\n"
+        "with emulated.Hosts(pathlib.Path(sys.argv[1]), 1) as made:\n"
+        "    print(made.control.pid, made.hosts[0].pid, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(emulated.__file__).parent)}
+    job = runs.start([sys.executable, "-c", script, str(tmp_path / "hosts")], env)
+    pids = job.stdout.readline().split()
+    assert len(pids) == 2
+    job.kill()
+    job.wait()
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end, pids
+        time.sleep(0.1)
+
+
 def test_the_same_numbers_on_two_hosts(hosts, name):
     done = run(hosts, name, 2, [runs.cupytron(), "verify", "--tp", "2", "--dp", "2"])
     assert done.returncode == 0 and "the same numbers" in done.stdout, done.stdout + done.stderr
@@ -126,10 +146,8 @@ def test_the_line_at_start_says_how_to_stop(hosts, tmp_path, data, name):
     job = start(hosts, name, 2, runs.command(data, out, *LONG))
     lines = until(job, lambda line: " 3/" in line and line.startswith("step "))
     line = next(line for line in lines if line.startswith("to save and stop: "))
-    typed = re.match(r"to save and stop: (kill -USR1 \S+)", line)
-    print(line)
-    assert typed is not None, line
-    hosts.control.shell(typed[1].rstrip(";"))
+    typed = line.removeprefix("to save and stop: ").split(", on the machine")[0]
+    hosts.control.shell(typed)
     rest = job.communicate(timeout=60)[0]
     assert "stopped by SIGUSR1" in rest, line + rest
     assert len(RunFolder(out).steps()) == 1
@@ -142,8 +160,10 @@ def test_a_host_that_dies_ends_the_job_and_the_run_goes_on_without_it(hosts, tmp
     until(job, lambda line: " 5/" in line and line.startswith("step "))
     began = time.monotonic()
     hosts.hosts[1].die()
-    job.communicate(timeout=60)
-    assert job.returncode != 0
+    said = job.communicate(timeout=60)[0]
+    assert "done: " not in said
+    # Open MPI 5's launcher ends with 0 here, whatever its ranks did (docs/clusters.md)
+    assert job.returncode != 0 or name == "openmpi"
     assert time.monotonic() - began < 40
     saved = RunFolder(out).steps()[-1]
     alone = [runs.cupytron(), "train", "--out", str(out), "--max-steps", str(saved + 2)]
