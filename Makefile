@@ -5,13 +5,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
+.PHONY: help demo test test-all test-hosts test-slurm test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
 
 help:
 	@echo "make demo        train a small GPT on the Python documentation, and let it write (3 minutes)"
 	@echo "make test        most of what can be tested on this machine (15 minutes)"
 	@echo "make test-all    the tests that take longer: every system call, power loss, every phase (20 minutes)"
 	@echo "make test-mpi-4  what ranks say to each other, on 4 ranks under MPICH and Open MPI"
+	@echo "make test-hosts  two emulated hosts: the same numbers, hosts and links that fail (root; 5 minutes)"
+	@echo "make test-slurm  the same under Slurm, which is installed by apt if it is not there (root; 5 minutes)"
 	@echo "make test-torch  the same numbers as an independent PyTorch model (installs PyTorch)"
 	@echo "make lint        style; make typecheck: types"
 	@echo "make bench       speed and memory against PyTorch (installs PyTorch, 20 minutes)"
@@ -54,6 +56,14 @@ test: .venv/dev
 # those that `make test` leaves out
 test-all: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+test-hosts: .venv/dev
+	$(BIN)/python -m pytest -m hosts -rs
+
+# without root and apt, pytest says what is missing
+test-slurm: .venv/dev
+	@sh tests/hosts/install.sh
+	$(BIN)/python -m pytest -m slurm -rs
 
 test-torch: .venv/torch
 	$(BIN)/python -m pytest -m torch
