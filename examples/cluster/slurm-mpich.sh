@@ -9,7 +9,8 @@
 #   sbatch slurm-mpich.sh cupytron train --preset demo --data /shared/data --out /shared/run
 # Two minutes before the time limit every rank gets USR1: the run saves and ends with 75. Then the job is
 # put into the queue again, and the same command goes on from there, until the run is finished.
-srun --kill-on-bad-exit --mpi=pmi2 "$@"
+# no --kill-on-bad-exit: it takes the first rank's 75 for a failure, and may kill the others before they end
+srun --mpi=pmi2 "$@"
 code=$?
 if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -108,11 +108,11 @@ def test_the_line_at_start_says_how_to_stop(cluster, tmp_path, data):
 def test_the_signal_of_a_time_limit_saves(cluster, tmp_path, data):
     """Slurm may send it up to a minute early, so here it comes soon after the start."""
     out = tmp_path / "run"
-    options = ["--time=1", "--signal=USR1@50"]
+    options = ["--time=2", "--signal=USR1@60"]
     job, output = submit(
         cluster, "slurm-mpich.sh", tmp_path, runs.command(data, out, *LONG), options
     )
-    until_said(cluster, job, output, "stopped by SIGUSR1", 90)
+    until_said(cluster, job, output, "stopped by SIGUSR1", 130)
     start_again(cluster, job)
     until_said(cluster, job, output, "resuming from", 60)
     cluster.call("scancel", job)
