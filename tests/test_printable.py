@@ -15,8 +15,8 @@ from cupytron.checkpoint import Piece
 from cupytron.cli import say
 from cupytron.cli.main import _run
 from cupytron.config_io import read_toml, toml_value
-from cupytron.metrics import Progress
 from cupytron.printable import printable
+from cupytron.terminal import Progress
 
 CLI = Path(say.__file__).parent
 # red, a title, C1's CSI, a reversal of direction, a line that looks like one of ours
