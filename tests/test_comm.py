@@ -196,7 +196,7 @@ LOADED = "a launcher started 2 processes, and MPI knows 1: mpi4py has loaded"
     ("name", "library", "words"),
     [
         ("mpich", "lib/libmpi.so.40", f"{LOADED} Open MPI"),
-        ("openmpi", "", f"{LOADED} MPICH"),
+        ("openmpi", "", "a launcher started 2 processes by PMIx, which MPICH"),
         ("mpich", "lib/missing.so", "started 2 processes, and MPI cannot be loaded"),
     ],
 )

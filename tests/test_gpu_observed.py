@@ -365,12 +365,10 @@ def test_other_errors_stay_what_they_are(cupy):
 # MFU
 
 
-def test_a_run_tells_its_share_of_a_known_card_s_peak(cupy, data, tmp_path, monkeypatch, capsys):
+def test_a_run_records_its_share_of_a_known_card_s_peak(cupy, data, tmp_path, monkeypatch):
     run(data, tmp_path / "unknown")
-    assert "MFU" not in capsys.readouterr().out
     monkeypatch.setattr(metrics, "card_peak", lambda name, config: 1e9)
     run(data, tmp_path / "known")
-    assert capsys.readouterr().out.count("  MFU ") == 3
     for name, known in (("known", True), ("unknown", False)):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
         for line in lines:

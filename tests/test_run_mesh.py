@@ -352,7 +352,7 @@ def test_usr1_stops_all_ranks_at_one_step_with_one_checkpoint(tmp_path, data, na
     named = None
     for line in job.stdout:
         if "kill -USR1 " in line:
-            named = int(line.split("kill -USR1 ")[1].split()[0].strip(";"))
+            named = int(line.split("kill -USR1 ")[1].split(",")[0])
         if line.startswith("step ") and " 3/" in line:
             break
     os.kill(named, signal.SIGUSR1)
