@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := runs
+# processes that run tests at a time; each test may start several ranks of its own
+WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-hosts test-slurm test-torch lint typecheck acceptance bench gpu-check gpu-bench clean
 
@@ -51,11 +53,11 @@ demo: .venv/base
 	@BIN=$(BIN) RUNS=$(RUNS) sh benchmarks/demo.sh
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow and not hosts and not slurm"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not hosts and not slurm"
 
 # those that `make test` leaves out
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not hosts and not slurm"
 
 test-hosts: .venv/dev
 	$(BIN)/python -m pytest -m hosts -rs
