@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("eval", "Loss of a run over the whole validation split."),
     "sample": ("sample", "Write text with a trained model."),
     "report": ("report", "Write one HTML page about a run."),
+    "compare": ("compare", "Compare the curves and the settings of several runs."),
     "data": ("data", "Prepare and inspect token data sets."),
     "config": ("config", "Show or check settings."),
     "checkpoint": ("checkpoint", "List, verify and fingerprint checkpoints."),

@@ -1,11 +1,12 @@
 """A run as one self-contained HTML page, as a picture, and as a curve in the terminal."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import statistics
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -313,8 +314,12 @@ def require_matplotlib() -> None:
         )
 
 
-def write_png(report: Report, out: str | Path) -> None:
-    """Draw the loss curves with matplotlib.
+@contextlib.contextmanager
+def picture(out: str | Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A matplotlib figure to draw into; at the end it is written to a file of the kind that its name says.
+
+    Args:
+        out: the file. size: width and height in inches.
 
     Raises:
         CupytronError: matplotlib is not installed.
@@ -323,32 +328,40 @@ def write_png(report: Report, out: str | Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: it looks for a display
 
+    out = Path(out)
     with matplotlib.rc_context():
         # a matplotlibrc in the working directory may be a stranger's, and could have programs started
         matplotlib.rcdefaults()
-        _draw(Figure(figsize=(8, 4.5), layout="constrained"), report, Path(out))
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as file:
+            figure.savefig(file, dpi=150, format=out.suffix[1:] or "png")
 
 
-def _draw(figure: Any, report: Report, out: Path) -> None:
-    axes = figure.add_subplot()
+def write_png(report: Report, out: str | Path) -> None:
+    """Draw the loss curves with matplotlib.
+
+    Raises:
+        CupytronError: matplotlib is not installed.
+    """
     loss, val = report.curve("loss"), report.curve("val_loss")
-    if loss:
-        axes.plot(*zip(*loss, strict=True), color="#2a6fb0", alpha=0.25, linewidth=1)
-        smoothed = zip(*chart.smooth(loss), strict=True)
-        axes.plot(
-            *smoothed, color="#2a6fb0", label="training", marker="." if len(loss) == 1 else ""
-        )
-    if val:
-        axes.plot(*zip(*val, strict=True), color="#b8500f", label="validation", marker=".")
-    axes.set(xlabel="step", ylabel="loss")
-    # a folder may be called $a$, which is no formula
-    axes.set_title(printable(report.title), parse_math=False)
-    axes.set_ylim(*chart.bounds([y for _, y in (*loss, *val)]))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
-        figure.savefig(file, dpi=150, format=out.suffix[1:] or "png")
+    with picture(out, size=(8, 4.5)) as figure:
+        axes = figure.add_subplot()
+        if loss:
+            axes.plot(*zip(*loss, strict=True), color="#2a6fb0", alpha=0.25, linewidth=1)
+            smoothed = zip(*chart.smooth(loss), strict=True)
+            axes.plot(
+                *smoothed, color="#2a6fb0", label="training", marker="." if len(loss) == 1 else ""
+            )
+        if val:
+            axes.plot(*zip(*val, strict=True), color="#b8500f", label="validation", marker=".")
+        axes.set(xlabel="step", ylabel="loss")
+        # a folder may be called $a$, which is no formula
+        axes.set_title(printable(report.title), parse_math=False)
+        axes.set_ylim(*chart.bounds([y for _, y in (*loss, *val)]))
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def loss_curve_text(records: Sequence[Record], width: int = 60, height: int = 12) -> str:

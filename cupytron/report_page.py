@@ -61,6 +61,9 @@ th, td { text-align: left; font-weight: 400; padding: .2rem 0; vertical-align: t
   border-top: 1px solid var(--rule); }
 th { color: var(--soft); padding-right: 1rem; min-width: 7rem; overflow-wrap: anywhere; }
 td { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+.wide th + th { text-align: right; min-width: 6rem; }
+.wide td, .wide th + th { padding-left: 1rem; }
 """
 
 # the page holds all that it needs: a browser is told to fetch nothing
@@ -176,3 +179,16 @@ def tables(title: str, sections: Mapping[str, Pairs]) -> str:
         heading = f"<h3>{text(name)}</h3>" if name else ""
         parts.append(f"<div>{heading}<table>{''.join(rows)}</table></div>")
     return f'<section><h2>{text(title)}</h2><div class="tables">{"".join(parts)}</div></section>'
+
+
+def wide_table(title: str, head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table with a column for each of several things, which a narrow page can scroll; "" without rows."""
+    if not rows:
+        return ""
+    cells = "".join(f"<th>{text(name)}</th>" for name in head)
+    lines = [f"<tr><th></th>{cells}</tr>"]
+    for name, values in rows.items():
+        cells = "".join(f"<td>{text(value)}</td>" for value in values)
+        lines.append(f"<tr><th>{text(name)}</th>{cells}</tr>")
+    table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f"<section><h2>{text(title)}</h2>{table}</section>"

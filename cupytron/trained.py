@@ -180,7 +180,7 @@ class TrainedModel:
         noted = _noted(batches, self.step, note)
         with _explained(self.config, self.context, train.micro_batch):
             total, counted = evaluate(self.pipeline, noted, self.context.dp)
-        loss, num_bytes = total / counted, _predicted_bytes(dataset, counted)
+        loss, num_bytes = total / counted, predicted_bytes(dataset, counted)
         return {
             "val_loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -219,7 +219,7 @@ def _noted(batches: Iterator[Any], step: int, note: Note) -> Iterator[Any]:
         yield batch
 
 
-def _predicted_bytes(dataset: Dataset, targets: int) -> int | None:
+def predicted_bytes(dataset: Dataset, targets: int) -> int | None:
     """Bytes of the validation text behind its first `targets` targets: the first token is none of them."""
     lengths = dataset.tokenizer.text_lengths() if dataset.tokenizer else None
     if dataset.val.num_bytes is None or lengths is None:

@@ -66,6 +66,7 @@ LAYERS = [
         "trained",
         "report",
         "report_page",
+        "compare",
     },
     {"cli"},
 ]

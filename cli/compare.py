@@ -1,0 +1,73 @@
+"""`cupytron compare`: several runs on one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from cupytron.cli.help import Command, Folder, option
+from cupytron.cli.say import say
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "cupytron compare runs/one runs/two",
+        "cupytron compare runs/one runs/two runs/three --out three.html --png three.png",
+    ],
+)
+@click.argument("runs", type=Folder(), metavar="RUN RUN...", nargs=-1, required=True)
+@option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("compare.html"),
+    show_default=True,
+    metavar="FILE",
+    help="HTML file to write.",
+)
+@option(
+    "--png",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also draw the loss curves here (needs the plot extra).",
+)
+def command(runs: tuple[str, ...], out: Path, png: Path | None) -> None:
+    """Compare runs: curves over each other, figures, and the settings in which they differ."""
+    from cupytron import compare, report
+    from cupytron.run_folder import RunFolder
+
+    if png is not None:
+        report.require_matplotlib()  # before the work is done
+    found = compare.read(runs)
+    for run in runs:
+        for file in (out, png):
+            if file is not None:
+                RunFolder(run).check_foreign(file)
+    for line in _table(["", *(run.tag for run in found.runs)], found.table()):
+        say(line)
+    if found.settings:
+        say()
+        for line in _table(
+            ["settings that differ", *(run.tag for run in found.runs)], found.settings
+        ):
+            say(line)
+    say()
+    for run in found.runs:
+        say(f"{run.tag}: {run.name}")
+    for note in found.notes:
+        say(f"note: {note}")
+    compare.write_html(found, out)
+    say(f"written: {out}")
+    if png is not None:
+        compare.write_png(found, png)
+        say(f"written: {png}")
+
+
+def _table(head: Sequence[str], rows: dict[str, list[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as their widest value."""
+    table = [list(head), *([name, *values] for name, values in rows.items())]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in table
+    ]
