@@ -189,7 +189,9 @@ def _notes(runs: Sequence[Compared]) -> Iterator[str]:
     for run in runs:
         if not (run.report.curve("loss") or run.report.curve("val_loss")):
             yield f"{run.tag}, {run.name}: it has no records yet."
-        yield from (f"{run.tag}, {run.name}: {note}" for note in run.report.notes)
+        # the environment is not compared
+        told = [note for note in run.report.notes if "environment.json" not in note]
+        yield from (f"{run.tag}, {run.name}: {note}" for note in told)
     if _differ(run.data.get("tokenizer_hash") for run in runs):
         yield (
             "The runs have different tokenizers. Their losses cannot be compared, since a token stands "
@@ -250,13 +252,15 @@ def _figure(
         if key == "loss" or key == "tokens_per_second":
             smoothed |= chart.smoothing_window(points) > 1
             points = chart.smooth(points)
-        lines.append(_series(run, i, points, marks))
+        lines.append(_series(run, i, points, marks, run.tag if small else ""))
     remark = "Each line is a mean over about a twentieth of its records." if smoothed else ""
     return report_page.figure(title, lines, key, small, remark)
 
 
-def _series(run: Compared, number: int, points: Sequence[Point], marks: bool = False) -> Series:
-    return Series(f"{run.tag}  {run.name}", points, f"run{number}", marks, run.tag)
+def _series(
+    run: Compared, number: int, points: Sequence[Point], marks: bool = False, name: str = ""
+) -> Series:
+    return Series(name or f"{run.tag}  {run.name}", points, f"run{number}", marks, run.tag)
 
 
 def _by_minutes(records: Report) -> list[Point]:

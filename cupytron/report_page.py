@@ -62,8 +62,9 @@ th, td { text-align: left; font-weight: 400; padding: .2rem 0; vertical-align: t
 th { color: var(--soft); padding-right: 1rem; min-width: 7rem; overflow-wrap: anywhere; }
 td { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
+.wide th:first-child { min-width: 8.5rem; }
 .wide th + th { text-align: right; min-width: 6rem; }
-.wide td, .wide th + th { padding-left: 1rem; }
+.wide td, .wide th + th { padding: .2rem 0 .2rem 1rem; }
 """
 
 # the page holds all that it needs: a browser is told to fetch nothing
