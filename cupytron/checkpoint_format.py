@@ -214,8 +214,8 @@ def parse_header(head: bytes) -> tuple[list[Listed], list[int]]:
     try:
         entries = json.loads(json.loads(head[8:])["__metadata__"]["pieces"])
         pieces = [listed(*entry) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its list of pieces is lacking or garbled ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("its list of pieces is lacking or garbled") from None
     # if they are equal, keys, dtypes, sizes and offsets are those of the list
     expected, offsets = header_of(pieces)
     if expected != head:

@@ -12,7 +12,8 @@ from cupytron.errors import ConfigError
 from cupytron.printable import UNPRINTABLE
 
 PRESETS = Path(__file__).parent / "presets"
-MAX_BYTES = 1 << 20  # settings are a page; more than this is the wrong file
+MAX_BYTES = 1 << 16  # settings are a page; more than this is the wrong file
+MAX_LINE = 1 << 13  # bytes; tomllib needs minutes for a key of a hundred thousand parts
 SHOWN_CHARACTERS = 60
 
 
@@ -56,7 +57,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{shown}: cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{shown}: is larger than 1 MiB; settings are a short TOML file")
+        raise ConfigError(f"{shown}: is larger than 64 KiB; settings are a short TOML file")
+    for number, row in enumerate(data.split(b"\n"), start=1):
+        if len(row) > MAX_LINE:
+            raise ConfigError(
+                f"{shown}: line {number} is longer than {MAX_LINE} bytes; settings are a short TOML file"
+            )
     try:
         text = data.decode("utf-8-sig")  # -sig: some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from cupytron.config_checks import Problem
 from cupytron.config_io import nearest, preset_path, read_toml, read_value, show_text, show_value
 from cupytron.errors import ConfigError
 
+MOST_LINES = 20  # of errors; nobody reads more, and each hint takes a moment to look for
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -98,6 +99,9 @@ class Reader(Generic[Config]):
                 removed = [_remove(values, key) for e in error.errors() for key in self._take(e)]
                 assert any(removed), f"the defaults are wrong: {error}"
         self._tell_conflicts([p for check in checks for p in check(config)])
+        if len(self.lines) > MOST_LINES:
+            more = len(self.lines) - MOST_LINES
+            self.lines[MOST_LINES:] = [f"and {more:,} more errors; mend these first"]
         if self.lines:
             raise ConfigError("\n".join(self.lines))
         return config
@@ -147,7 +151,8 @@ class Reader(Generic[Config]):
         self.bad.update(keys)
 
     def _tell_unknown(self, key: str, line: str, known: Iterable[str]) -> None:
-        if hint := nearest(key, known):
+        hint = nearest(key, known) if len(self.lines) < MOST_LINES else None
+        if hint:
             self._tell(f"{line}; did you mean {hint}?", key, hint)
         else:
             self._tell(f"{line}; `cupytron config show --keys` lists what there is", key)

@@ -136,6 +136,14 @@ def _said(*names: str) -> int | None:
     return next((int(value) for value in values if value.isdecimal()), None)
 
 
+_begun = False  # whether begin_mpi has come to its end in this process
+
+
+def mpi_has_begun() -> bool:
+    """Whether this process has joined its job's other ranks."""
+    return _begun
+
+
 def begin_mpi() -> Any:
     """Import mpi4py's MPI, and begin with it where it is not begun; returns the module.
 
@@ -173,6 +181,8 @@ def begin_mpi() -> Any:
             f"a launcher started {tasks} processes, and MPI knows {known}: mpi4py has loaded "
             f"{library}, which this launcher does not belong to; {remedy(ours)}"
         )
+    global _begun
+    _begun = True
     return MPI
 
 

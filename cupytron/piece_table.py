@@ -13,6 +13,7 @@ import numpy as np
 from cupytron.checkpoint_format import Box, Listed
 
 _BOX = 5  # the column where a row's box begins, after tensor, start, stop, file and offset
+_MOST_NUMBERS = 1 << 24  # ends of boxes that are compared at once; a tensor on a mesh has few
 
 
 class PieceTable(NamedTuple):
@@ -154,8 +155,11 @@ def untiled(name: str, pieces: Pieces) -> str | None:
         boxes, shape = np.tile(np.array([0, 1]), (len(boxes), 1, 1)), (1,)
     filled = _filled_boxes(boxes, ranges)
     # at least as many elements as the tensor has, but not each of them once
-    if held > count or filled is None or not _tile(filled, shape):
-        return f"{name} is held twice in part"
+    try:
+        if held > count or filled is None or not _tile(filled, shape):
+            return f"{name} is held twice in part"
+    except ValueError as error:
+        return f"{name} cannot be checked: {error}"
     return None
 
 
@@ -180,18 +184,36 @@ def _tile(boxes: np.ndarray, shape: tuple[int, ...]) -> bool:
     number of boxes that hold an element is the sum of the signs at its place and below it in every dim. So
     the signs determine these numbers. The boxes tile the tensor if and only if at each corner their signs
     add up to those of the whole tensor.
+
+    The dims are taken in turn, and after each one equal rows are added up. So boxes that lie side by side
+    become one, and a grid of boxes does not get 2 ** dims corners for each.
+
+    Raises:
+        ValueError: more corners stay than can be compared.
     """
-    dims = len(shape)
     whole = np.array([[(0, n) for n in shape]], np.int64)
-    every = np.concatenate([boxes, whole])
-    weight = np.ones(len(every), np.int64)
-    weight[-1] = -1
-    corners, signs = [], []
-    for ends in itertools.product((0, 1), repeat=dims):
-        corners.append(every[:, range(dims), ends])
-        signs.append(weight * (-1) ** sum(ends))
-    points, sign = np.concatenate(corners), np.concatenate(signs)
-    order = np.lexsort(points.T)
-    points, sign = points[order], sign[order]
-    begins = np.append(True, (points[1:] != points[:-1]).any(axis=1))
-    return not np.add.reduceat(sign, np.flatnonzero(begins)).any()
+    # where all boxes reach from end to end, they cannot differ
+    cut = [dim for dim in range(len(shape)) if (boxes[:, dim] != whole[:, dim]).any()]
+    if not cut:
+        return len(boxes) == 1
+    rows = np.concatenate([boxes, whole])[:, cut].reshape(len(boxes) + 1, -1)
+    signs = np.append(np.ones(len(boxes), np.int64), -1)
+    for place in range(len(cut)):
+        if 2 * rows.size > _MOST_NUMBERS:
+            raise ValueError(f"its {len(boxes)} boxes in {len(shape)} dims are too many to compare")
+        low, high = 2 * place, 2 * place + 1
+        ends = rows.copy(), rows
+        ends[0][:, high] = 0
+        ends[1][:, low] = rows[:, high]
+        ends[1][:, high] = 0
+        rows, signs = _added_up(np.concatenate(ends), np.concatenate([signs, -signs]))
+    return not signs.any()
+
+
+def _added_up(rows: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows with the sums of their signs, without those whose sum is zero."""
+    order = np.lexsort(rows.T)
+    rows, signs = rows[order], signs[order]
+    begins = np.flatnonzero(np.append(True, (rows[1:] != rows[:-1]).any(axis=1)))
+    sums = np.add.reduceat(signs, begins)
+    return rows[begins][sums != 0], sums[sums != 0]

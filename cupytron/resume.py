@@ -63,8 +63,8 @@ def check_tokenizer(found: Checkpoint, dataset: Dataset) -> None:
     """
     check_keys(found.folder, found.about, OF_MODEL)
     run = found.folder.parents[1]
-    known, ids = found.about["data"].get("tokenizer_hash"), found.about["model"]["vocab_size"]
-    if known == dataset.tokenizer_hash and dataset.vocab_size <= ids:
+    known, ids = found.about["data"].get("tokenizer_hash"), found.about["model"].get("vocab_size")
+    if known == dataset.tokenizer_hash and (ids is None or dataset.vocab_size <= ids):
         return
     sizes = f"model.vocab_size is {ids} there, and the data set has {dataset.vocab_size} token ids"
     if known is None:

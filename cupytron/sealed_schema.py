@@ -34,6 +34,15 @@ class _Data(_Strict):
     val_sha256: Digest | None = None
 
 
+class _Model(BaseModel):
+    """What is compared before the settings of a model are read as such."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    vocab_size: Count | None = None
+    context_length: Count | None = None
+
+
 class _Metrics(_Strict):
     bytes: Count
     sha256: Digest
@@ -50,7 +59,7 @@ class _Sealed(_Strict):
     elapsed_seconds: FiniteFloat = 0.0
     val_loss: FiniteFloat | None = None
     optimizer: Table | None = None
-    model: Table = {}
+    model: _Model = _Model()
     settings: dict[str, Table] = {}
     data: _Data = _Data()
     mesh: dict[str, int] = {}

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from cupytron.failing import abort
-from cupytron.launcher import launched_rank, launched_tasks
+from cupytron.launcher import launched_rank, launched_tasks, mpi_has_begun
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 AGAIN = 5.0  # seconds; launchers, terminals and Slurm deliver one signal twice within them
@@ -95,6 +95,10 @@ class Signals:
             number: the signal.
             now: seconds of a clock.
         """
+        if number == signal.SIGTERM and launched_tasks() > 1 and not mpi_has_begun():
+            # a launcher ends its ranks so, and may wait for them; there is nothing to save yet
+            self._say(f"{number.name}: stopped before the first step")
+            os._exit(128 + number)
         late = f"Ctrl-C or SIGTERM again, {AGAIN:g} s after the first or later: at once, without a save"
         if not self._answered:
             self._answered = True

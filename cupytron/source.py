@@ -45,7 +45,7 @@ class Source:
             model = trainer.model.config
             check_weights(found, model, dataset)
             trainer.load(found, weights_only=True)
-            before = found.about["model"]["context_length"]
+            before = found.about["model"].get("context_length")
             grown = f"; its context was {before} tokens, and is {model.context_length} now"
             return f"weights from {found.folder}{grown if before != model.context_length else ''}"
 
@@ -71,7 +71,7 @@ def check_weights(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> No
     if not lines:
         return
     if set(different) == {"context_length"}:
-        rows = found.about["model"]["context_length"]
+        rows = found.about["model"].get("context_length")
         way_out = (
             f"learned positions are a table of {rows} rows, so leave model.context_length out and set "
             f"train.sequence_length to {rows} or less, or start from a model with rotary positions"

@@ -16,6 +16,7 @@ import numpy as np
 from cupytron import durable
 
 from .errors import DataError
+from .tokenizers import json_fault
 
 BLOCK_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -86,7 +87,8 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: not UTF-8 at byte {error.start}; convert the file") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); mend or remove the line") from None
+            fault = json_fault(error)
+            raise DataError(f"{where}: not JSON ({fault}); mend or remove the line") from None
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__}, not an object with a text field")
         if self._field not in value:

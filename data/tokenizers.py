@@ -241,6 +241,19 @@ def content_hash(content: Any) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
+def json_fault(error: Exception) -> str:
+    """What is wrong with JSON that Python's reader refuses, without advice for programmers.
+
+    Args:
+        error: a UnicodeDecodeError, JSONDecodeError, RecursionError, or int's ValueError.
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return str(error)
+    return "a number has thousands of digits"
+
+
 def read_json_object(path: Path, max_bytes: int, what: str) -> dict[str, Any]:
     """The JSON object in a file that someone else may have written.
 
@@ -257,8 +270,9 @@ def read_json_object(path: Path, max_bytes: int, what: str) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        # ValueError: not UTF-8, not JSON, or a number of thousands of digits
-        raise DataError(f"{path}: {what} is not JSON ({error}); make it again") from None
+        raise DataError(
+            f"{path}: {what} is not JSON ({json_fault(error)}); make it again"
+        ) from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: {what} must be a JSON object, not {type(content).__name__}")
     return content

@@ -28,6 +28,8 @@ INNER = [
 INNER += ["files/rank-00000.safetensors/header", "metrics/bytes", "settings/data", "settings/optim"]
 INNER += [
     "model/d_model",
+    "model/vocab_size",
+    "model/context_length",
     "optimizer/steps",
     "mesh/tp",
     "settings/data/path",
