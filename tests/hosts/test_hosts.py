@@ -163,11 +163,13 @@ def test_a_host_that_dies_ends_the_job_and_the_run_goes_on_without_it(hosts, tmp
     until(job, lambda line: " 5/" in line and line.startswith("step "))
     began = time.monotonic()
     hosts.hosts[1].die()
-    said = job.communicate(timeout=60)[0]
+    # the launcher of Open MPI 4.1 waits about a minute for a host that has died
+    limit = 120 if name == "openmpi-4" else 40
+    said = job.communicate(timeout=limit + 20)[0]
     assert "done: " not in said
     # Open MPI 5's launcher ends with 0 here, whatever its ranks did (docs/clusters.md)
     assert job.returncode != 0 or name == "openmpi"
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < limit
     saved = RunFolder(out).steps()[-1]
     alone = [runs.cupytron(), "train", "--out", str(out), "--max-steps", str(saved + 2)]
     done = hosts.hosts[0].run(alone)
