@@ -14,6 +14,7 @@ import traceback
 
 import click
 
+from cupytron.blas_kernels import drop_unfit_here
 from cupytron.cli.help import Group, usage_message
 from cupytron.cli.say import say_page
 from cupytron.launcher import end_mpi, launched_rank, launched_tasks
@@ -116,6 +117,9 @@ def _call(arguments: list[str], noted: set[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # a terminal that cannot show a character must not end a training run
             stream.reconfigure(errors="replace")
+    # before a command imports NumPy
+    if (line := drop_unfit_here()) and launched_rank() == 0:
+        say_page(f"warning: {line}", err=True)
     result = cli.main(arguments, prog_name="cupytron", standalone_mode=False, obj=noted)
     return result if isinstance(result, int) else 0
 

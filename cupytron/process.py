@@ -16,8 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cupytron import progress
+from cupytron import blas_kernels, progress
 from cupytron.durable import replacing
+from cupytron.errors import ConfigError
 from cupytron.launcher import local_ranks
 
 # Measured in a child process: the time of a few float32 products, the best of several.
@@ -57,8 +58,17 @@ def prepare(
         deterministic: one thread.
 
     Returns: a record of the environment, kept with the run.
+
+    Raises:
+        ConfigError: this processor cannot run the kernel of that name.
     """
     early = "numpy" not in sys.modules
+    there = blas_kernels.flags()
+    if early and (lacks := blas_kernels.missing(blas_kernel, there)):
+        raise ConfigError(
+            f"parallel.blas_kernel={blas_kernel}: this processor lacks {', '.join(lacks)}, and would end "
+            f"the process by SIGILL; give auto, or one of {', '.join(blas_kernels.fitting(there))}"
+        )
     cores = available_cores()
     count = 1 if deterministic else threads or _threads_asked_for() or _share_of_cores()
     found = os.environ.get("OPENBLAS_CORETYPE")
@@ -204,11 +214,8 @@ def _limit_blas(count: int) -> int:
 
 
 def _has_avx512() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return False
-    return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"} <= set(flags)
+    there = blas_kernels.flags()
+    return bool(there) and not blas_kernels.missing("SkylakeX", there)
 
 
 def _choose_kernel(wish: str) -> str | None:

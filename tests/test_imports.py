@@ -15,7 +15,7 @@ LIBRARY = ROOT / "cupytron"
 
 # Each may import what stands before it, and its own layer.
 LAYERS = [
-    {"errors", "chart", "progress", "durable", "reading", "printable", "terminal"},
+    {"errors", "chart", "progress", "durable", "reading", "printable", "terminal", "blas_kernels"},
     {
         "launcher",
         "launch_advice",

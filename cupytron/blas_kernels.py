@@ -1,0 +1,82 @@
+"""Which of OpenBLAS's kernels this processor can run. Imports the standard library only.
+
+OpenBLAS takes the name in OPENBLAS_CORETYPE at its word. With a kernel of another processor the
+process ends by SIGILL, which says nothing to a user.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+_AVX2 = {"avx2", "fma"}
+_AVX512 = {*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
+# x86 kernels, and the flags of /proc/cpuinfo that the processors of these names have and they need at least
+NEEDS: dict[str, set[str]] = {
+    "prescott": {"pni"},
+    "core2": {"ssse3"},
+    "penryn": {"ssse3"},
+    "dunnington": {"ssse3"},
+    "atom": {"ssse3"},
+    "nehalem": {"sse4_2"},
+    "sandybridge": {"avx"},
+    "bulldozer": {"avx", "fma4"},
+    "piledriver": {"avx", "fma"},
+    "steamroller": {"avx", "fma"},
+    "excavator": _AVX2,
+    "haswell": _AVX2,
+    "zen": _AVX2,
+    "skylakex": _AVX512,
+    "cooperlake": {*_AVX512, "avx512_bf16"},
+    "sapphirerapids": {*_AVX512, "avx512_bf16"},
+}
+_SHOWN = ("Prescott", "Nehalem", "Sandybridge", "Haswell", "Zen", "SkylakeX", "Cooperlake")
+
+
+def flags() -> set[str]:
+    """What this processor can do, in the words of /proc/cpuinfo; empty where that is not told."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def missing(kernel: str, there: set[str]) -> list[str]:
+    """Flags that a kernel needs and a processor lacks; none for a kernel or a processor that is not known.
+
+    Args:
+        there: the processor's flags.
+    """
+    return sorted(NEEDS.get(kernel.lower(), set()) - there) if there else []
+
+
+def fitting(there: set[str]) -> list[str]:
+    """Kernels of NumPy's OpenBLAS that a processor with these flags can run."""
+    return [name for name in _SHOWN if not missing(name, there)]
+
+
+def drop_unfit(environment: MutableMapping[str, str], there: set[str]) -> str | None:
+    """Remove OPENBLAS_CORETYPE if this processor cannot run that kernel; returns a line about it.
+
+    Args:
+        environment: os.environ, before NumPy is imported.
+        there: the processor's flags.
+    """
+    asked = environment.get("OPENBLAS_CORETYPE")
+    lacks = missing(asked, there) if asked else []
+    if not lacks or "numpy" in sys.modules:
+        return None
+    del environment["OPENBLAS_CORETYPE"]
+    return (
+        f"OPENBLAS_CORETYPE={asked} is not used: this processor lacks {', '.join(lacks)}, and would end "
+        f"the process by SIGILL; it can run {', '.join(fitting(there))}"
+    )
+
+
+def drop_unfit_here() -> str | None:
+    """`drop_unfit` for this process and its processor."""
+    return drop_unfit(os.environ, flags()) if "OPENBLAS_CORETYPE" in os.environ else None
