@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/acceptance.py [NAME ...] [--log FILE]
 
-Names: clone gradients torch kills damage calls readers mesh sweep pipelines memory failing gpu slower
-shakespeare bench
+Names: clone gradients torch kills damage calls readers strangers mesh sweep pipelines memory failing gpu
+slower shakespeare bench
 (default: all). A check that fails does not stop the others; the exit code is 1 if one failed. The corpus is
 ../shared/data/tinyshakespeare.txt, the file in $SHAKESPEARE, or a download.
 """
@@ -185,6 +185,13 @@ def readers(log: Log) -> None:
     pytest(log, "tests/test_readers.py", "--timeout=3600", CUPYTRON_READERS="1000")
 
 
+def strangers(log: Log) -> None:
+    """20,000 mutated inputs, and crafted runs, data, settings and working directories."""
+    pytest(log, "tests/strangers", "tests/test_strangers_files.py", "tests/test_strangers_sizes.py",
+           "tests/test_sealed_schema.py", "tests/test_working_directory.py", "--timeout=20000",
+           CUPYTRON_FUZZ="20000")  # fmt: skip
+
+
 def mesh(log: Log) -> None:
     """Drawn meshes, planted bugs, costs; deterministic runs at dp=1, 2, 4, 8 and every ZeRO stage."""
     pytest(
@@ -286,6 +293,7 @@ CHECKS: dict[str, Callable[[Log], None]] = {
         damage,
         calls,
         readers,
+        strangers,
         mesh,
         sweep,
         pipelines,
