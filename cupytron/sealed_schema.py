@@ -43,6 +43,16 @@ class _Model(BaseModel):
     context_length: Count | None = None
 
 
+class _Counters(BaseModel):
+    """The trainer's counters; each is there if it is used."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    updates: Count = 0
+    good_steps: Count = 0
+    loss_scale: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+
+
 class _Metrics(_Strict):
     bytes: Count
     sha256: Digest
@@ -58,7 +68,7 @@ class _Sealed(_Strict):
     tokens: Count = 0
     elapsed_seconds: FiniteFloat = 0.0
     val_loss: FiniteFloat | None = None
-    optimizer: Table | None = None
+    optimizer: _Counters | None = None
     model: _Model = _Model()
     settings: dict[str, Table] = {}
     data: _Data = _Data()

@@ -30,7 +30,7 @@ INNER += [
     "model/d_model",
     "model/vocab_size",
     "model/context_length",
-    "optimizer/steps",
+    "optimizer/updates",
     "mesh/tp",
     "settings/data/path",
     "data/tokenizer_hash",
