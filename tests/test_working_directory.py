@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -76,6 +77,7 @@ LINES = [
     "sample {run} --max-new-tokens 2",
     "checkpoint verify {run}",
     "report {run} --png {new}.png",
+    "compare {run} {other} --out {new}.html --png {new}.png",
     "verify --tp 2",
     "schedule",
     "bench --num-layers 1 --num-heads 1 --d-model 8 --sequence-length 8 --set model.vocab_size=8",
@@ -87,8 +89,10 @@ LINES = [
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     data = runs.make_data(folder)
-    runs.run_here(data, folder / "run", "train.max_steps=2")
-    return {"data": data, "run": folder / "run", "text": folder / "text.txt"}
+    found = {"data": data, "run": folder / "run", "text": folder / "text.txt"}
+    runs.run_here(data, found["run"], "train.max_steps=2")
+    shutil.copytree(found["run"], folder / "other")
+    return {**found, "other": folder / "other"}
 
 
 def test_every_command_has_a_line():
