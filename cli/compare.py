@@ -52,8 +52,8 @@ def command(runs: tuple[str, ...], out: Path, png: Path | None) -> None:
         ):
             say(line)
     say()
-    for run in found.runs:
-        say(f"{run.tag}: {run.name}")
+    for each in found.runs:
+        say(f"{each.tag}: {each.name}")
     for note in found.notes:
         say(f"note: {note}")
     compare.write_html(found, out)
