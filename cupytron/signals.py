@@ -56,11 +56,21 @@ class Signals:
         os.set_blocking(self._writing, False)
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
-        for number in SIGNALS:
-            if signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup, or a script's background job: that was meant
-            self._before[number] = signal.signal(number, self._note)
+        self.catch()
         return self
+
+    def catch(self) -> None:
+        """Catch the signals that are not caught yet; for the main thread."""
+        if self._writing < 0:
+            return
+        for number in SIGNALS:
+            if number in self._before or signal.getsignal(number) == signal.SIG_IGN:
+                continue  # ignored: nohup, or a script's background job, meant that
+            if number == signal.SIGTERM and launched_tasks() > 1 and not mpi_has_begun():
+                # so a launcher ends its ranks. Open MPI's hangs if one goes on with MPI_Init meanwhile,
+                # and there is nothing to save yet
+                continue
+            self._before[number] = signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:
         self._restore()
@@ -95,10 +105,6 @@ class Signals:
             number: the signal.
             now: seconds of a clock.
         """
-        if number == signal.SIGTERM and launched_tasks() > 1 and not mpi_has_begun():
-            # a launcher ends its ranks so, and may wait for them; there is nothing to save yet
-            self._say(f"{number.name}: stopped before the first step")
-            os._exit(128 + number)
         late = f"Ctrl-C or SIGTERM again, {AGAIN:g} s after the first or later: at once, without a save"
         if not self._answered:
             self._answered = True

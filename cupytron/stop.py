@@ -33,6 +33,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if self._command is None:
             self._signals.__enter__()
+        else:
+            self._signals.catch()  # SIGTERM, too, since MPI has begun
         return self
 
     def __exit__(self, *_: object) -> None:

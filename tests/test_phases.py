@@ -35,7 +35,8 @@ SAMPLE = [
     ("import", "stopped", 0, "mpich"),
     ("options", "RuntimeError", 1, "mpich"),
     ("process", "stopped", 1, "mpich"),
-    ("mpi", "stopped", 1, "openmpi"),
+    # under Open MPI the launcher sometimes hangs here, with no rank left (docs/survival.md)
+    ("mpi", "stopped", 1, "mpich"),
     ("data", "stopped", 1, "openmpi"),
     ("materialize", "stopped", 1, "mpich"),
     ("restore", "stopped", 0, "mpich"),
