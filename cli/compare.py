@@ -34,15 +34,9 @@ from cupytron.cli.say import say
 def command(runs: tuple[str, ...], out: Path, png: Path | None) -> None:
     """Compare runs: curves over each other, figures, and the settings in which they differ."""
     from cupytron import compare, report
-    from cupytron.run_folder import RunFolder
 
-    if png is not None:
-        report.require_matplotlib()  # before the work is done
+    report.check_outputs(runs, out, png)
     found = compare.read(runs)
-    for run in runs:
-        for file in (out, png):
-            if file is not None:
-                RunFolder(run).check_foreign(file)
     for line in _table(["", *(run.tag for run in found.runs)], found.table()):
         say(line)
     if found.settings:

@@ -40,12 +40,10 @@ def command(run: str, out: Path | None, png: Path | None, text: bool, sample: bo
     from cupytron import report
     from cupytron.run_folder import RunFolder
 
-    if png is not None:
-        report.require_matplotlib()  # before the work is done
+    out = out or Path(run) / "report.html"
+    report.check_outputs([run], out, png)
     if text:
         say_page(report.loss_curve_text(RunFolder(run).require().read_metrics()))
-    out = out or Path(run) / "report.html"
-    RunFolder(run).check_foreign(out)
     found = report.read_report(run, sample)
     report.write_html(found, out)
     say(f"written: {out}")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from cupytron.printable import printable
+
 Point = tuple[float, float]
 MOST_POINTS = 1200  # in one line of an SVG; a run may have a million
 MOST_MARKS = 60  # dots that touch each other say nothing
@@ -29,6 +31,11 @@ class Series:
     style: str
     marks: bool = False
     tag: str = ""
+
+
+def _text(value: str) -> str:
+    """Any text as XML, which allows no control characters."""
+    return escape(printable(value))
 
 
 def finite(points: Iterable[tuple[object, object]]) -> list[Point]:
@@ -164,7 +171,7 @@ class _Frame:
             anchor = "end" if x > right - 4 * len(text) else "middle"
             parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="{anchor}">{text}</text>')
         y = self.height - 4
-        parts.append(f'<text x="{right}" y="{y}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(f'<text x="{right}" y="{y}" text-anchor="end">{_text(x_label)}</text>')
         return parts
 
 
@@ -195,7 +202,7 @@ def svg(
     size = f'width="{width - left}" height="{frame.bottom - top + 4}"'
     return "\n".join(
         [
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">',
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(label)}">',
             f'<clipPath id="{name}"><rect x="{left}" y="{top}" {size}/></clipPath>',
             *frame.axes(x_label),
             f'<g clip-path="url(#{name})">',
@@ -216,7 +223,7 @@ def _draw(series: Series, frame: _Frame, x_label: str) -> list[str]:
     # a single point would not show as a line
     if series.marks or len(points) == 1:
         for x, y in points[:: -(-len(points) // MOST_MARKS)]:
-            hint = escape(f"{series.name}, {x_label} {x:,.0f}: {y:.4g}")
+            hint = _text(f"{series.name}, {x_label} {x:,.0f}: {y:.4g}")
             place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"'
             title = f"<title>{hint}</title>"
             parts.append(f'<circle class="dot {series.style}" {place}>{title}</circle>')
@@ -239,7 +246,7 @@ def _tags(series: Sequence[Series], frame: _Frame) -> list[str]:
             heights = _spread([y for _, y, _ in column], frame.bottom)
             for (x, _, s), y in zip(column, heights, strict=True):
                 place = f'x="{x + 5:.1f}" y="{y + 4:.1f}"'
-                parts.append(f'<text class="tag {s.style}" {place}>{escape(s.tag)}</text>')
+                parts.append(f'<text class="tag {s.style}" {place}>{_text(s.tag)}</text>')
             column = []
     return parts
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -311,6 +312,45 @@ def require_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise CupytronError(
             "--png needs matplotlib, which is not installed; run: pip install 'cupytron[plot]'"
+        )
+
+
+def check_outputs(runs: Iterable[str | Path], out: Path, png: Path | None) -> None:
+    """Refuse files that cannot be written or would replace something, before any work is done.
+
+    Args:
+        runs: folders of the runs that the page is about.
+        out: the page.
+        png: the picture; None: there is none.
+
+    Raises:
+        CupytronError: matplotlib is missing or draws no such file, the two are the same file, or one of
+            them is a run's own.
+    """
+    files = [out]
+    if png is not None:
+        require_matplotlib()
+        _check_kind(png)
+        # a link is replaced, not followed, so that two links to one file are two files
+        if _place(png) == _place(out):
+            raise CupytronError(f"--png {png}: is the page's file, too; choose another name")
+        files.append(png)
+    for run in map(RunFolder, runs):
+        for file in files:
+            run.check_foreign(file)
+
+
+def _place(file: Path) -> str:
+    return os.path.join(os.path.realpath(file.parent), file.name)
+
+
+def _check_kind(png: Path) -> None:
+    """Refuse a name whose end matplotlib does not know."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if png.suffix and png.suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        raise CupytronError(
+            f"--png {png}: {png.suffix} is no kind of picture; give a name that ends in .png, .pdf or .svg"
         )
 
 

@@ -90,7 +90,7 @@ class RunFolder(RunCheckpoints):
         if place in map(os.path.realpath, ours) or os.path.realpath(self.checkpoints) in map(
             str, Path(place).parents
         ):
-            raise CupytronError(f"{out}: is a file of the run itself; choose another --out")
+            raise CupytronError(f"{out}: is a file of the run itself; choose another name")
 
     def create(self) -> list[str]:
         """Make the folders, restore a checkpoint that a killed save was replacing, and remove leftovers.

@@ -7,9 +7,11 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
+from click.testing import CliRunner
 from runs import make_data, run_here
 
 from cupytron import chart, report
+from cupytron.cli.main import cli
 from cupytron.errors import CupytronError
 from cupytron.run_folder import RunFolder
 
@@ -127,6 +129,35 @@ def test_png(run, tmp_path):
     pytest.importorskip("matplotlib")
     report.write_png(report.read_report(run, sample=False), tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("out", "png", "words"),
+    [
+        ("page.html", "{run}/saved", "is a file of the run itself"),
+        ("page.html", "loss.foo", r"\.foo is no kind of picture"),
+        ("page.html", "./page.html", r"\.html is no kind of picture"),
+        ("one.svg", "./one.svg", "is the page's file, too"),
+    ],
+)
+def test_files_that_would_be_lost_or_cannot_be_drawn_are_refused(
+    run, tmp_path, monkeypatch, out, png, words
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    before = (run / "saved").read_bytes()
+    arguments = ["report", str(run), "--no-sample", "--out", out, "--png", png.format(run=run)]
+    done = CliRunner().invoke(cli, arguments)
+    assert isinstance(done.exception, CupytronError) and re.search(words, str(done.exception))
+    assert (run / "saved").read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def test_no_drawing_holds_control_characters():
+    line = chart.Series("\x1b[31m\u202e", [(1.0, 2.0)], "train", marks=True, tag="\x9b")
+    drawn = chart.svg([line], "\x00", "loss", x_label="\x07")
+    assert (
+        not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", drawn) and r"\x1b[31m\u202e" in drawn
+    )
 
 
 def written(folder, sample=True):
