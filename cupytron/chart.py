@@ -57,16 +57,18 @@ def smoothing_window(points: Sequence[Point], parts: int = 40) -> int:
 def smooth(points: Sequence[Point], parts: int = 40) -> list[Point]:
     """Mean over a window of about 2/parts of the points around each one (`smoothing_window`).
 
-    The window shrinks evenly on both sides towards the ends, so that a steep start is not dragged
-    along, as an exponential average would.
+    The window shrinks evenly on both sides towards the start, so that a steep start is not dragged
+    along, as an exponential average would. At the end only its right side shrinks, so that the last
+    point alone does not decide where the line ends.
     """
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     result = []
     for i, (x, _) in enumerate(points):
-        half = min(i, len(points) - 1 - i, len(points) // parts)
-        result.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
+        left = min(i, len(points) // parts)
+        right = min(left, len(points) - 1 - i)
+        result.append((x, (sums[i + right + 1] - sums[i - left]) / (left + right + 1)))
     return result
 
 
@@ -136,7 +138,9 @@ class _Frame:
         # of numbers near 1e20, those that differ by one are equal as floats
         room = max(1.0, 1e-9 * max(abs(self.x0), abs(self.x1)))
         if self.x1 - self.x0 < room:
-            self.x0, self.x1 = self.x0 - room if self.x0 else 0.0, self.x1 + room
+            # neither steps nor seconds are negative
+            lowest = self.x0 - room if self.x0 < 0 else max(0.0, self.x0 - room)
+            self.x0, self.x1 = lowest, self.x1 + room
         self.y0, self.y1 = bounds([y for _, y in points])
         self.height = height
         self.y_ticks = ticks(self.y0, self.y1, max(3, height // 60))

@@ -224,6 +224,14 @@ def test_ticks_are_at_least_two_and_round():
     assert chart.ticks(1, 2, 5, whole=True) == [1, 2]
 
 
+def test_a_smoothed_line_does_not_end_at_its_last_point():
+    points = [(float(x), 1.0) for x in range(99)] + [(99.0, 4.0)]
+    smooth = chart.smooth(points)
+    assert smooth[-1] == (99.0, 2.0)  # of the last three
+    # a steep start stays where it is
+    assert chart.smooth([(0.0, 4.0), *points[1:]])[0] == (0.0, 4.0)
+
+
 def test_the_loss_fits_a_phone(run):
     page = written(run)
     assert "overflow-x" not in page.split("<body>")[0].split("pre {")[0]
