@@ -130,6 +130,15 @@ def test_missing_files(damaged, tmp_path):
             open_dataset(damaged)
 
 
+def test_ids_of_a_split_that_nobody_reads_are_not_read(damaged):
+    flipped = bytearray((damaged / "train.bin").read_bytes())
+    flipped[11] ^= 1
+    (damaged / "train.bin").write_bytes(flipped)
+    assert open_dataset(damaged, checked=["val"]).val.num_tokens > 0
+    with pytest.raises(DataError, match=r"train.bin: .*outside the vocabulary"):
+        open_dataset(damaged)
+
+
 def test_truncated_and_flipped_token_files(damaged):
     data = (damaged / "val.bin").read_bytes()
     flipped = bytearray(data)
