@@ -1,7 +1,9 @@
 """Several runs next to each other: their curves, their figures, and the settings in which they differ."""
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,12 +55,14 @@ class Compared:
     def figures(self) -> dict[str, str]:
         """The figures of the run by their names, ready to be shown."""
         found: dict[str, str] = {}
-        points = [p for values in self.report.curves.values() for p in values]
-        if points:
-            found["Step"] = f"{max(x for x, _ in points):,.0f}"
+        if self.report.curves:
+            done, end = report.last_step(self.report), self.settings.get("train.max_steps")
+            left = isinstance(end, int) and done < end
+            found["Step"] = f"{done:,.0f}" + (f" of {end:,}" if left else "")
         for name, value, remark in report.key_figures(self.report):
-            found[name] = f"{value} ({remark})" if remark.startswith("at step") else value
+            found[name] = value
             if name == "Best validation loss":
+                found["Best at step"] = remark.removeprefix("at step ")
                 found["Last validation loss"] = f"{self.report.curve('val_loss')[-1][1]:.4f}"
         if self.bits_per_byte is not None:
             found["Bits per byte"] = f"{self.bits_per_byte:.4f}"
@@ -95,9 +99,10 @@ def read(paths: Sequence[str | Path]) -> Comparison:
             f"{len(places)} {'run is' if len(places) == 1 else 'runs are'} given; 2 to {MOST_RUNS} "
             "can be compared"
         )
-    seen: dict[Path, Path] = {}
+    seen: dict[str, Path] = {}
     for place in places:
-        other = seen.setdefault(place.resolve(), place)
+        # not Path.resolve, which fails where links go round in a circle
+        other = seen.setdefault(os.path.realpath(place), place)
         if other is not place:
             raise CupytronError(f"{place} is the same run as {other}; give each run once")
     names = _names(places)
@@ -110,7 +115,7 @@ def read(paths: Sequence[str | Path]) -> Comparison:
 
 def _names(places: Sequence[Path]) -> list[str]:
     """A short name for each folder: as many of its last parts as it takes to tell them apart."""
-    parts = [place.resolve().parts for place in places]
+    parts = [Path(os.path.realpath(place)).parts for place in places]
     length = 1
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1
@@ -128,10 +133,13 @@ def _run(tag: str, name: str, place: Path) -> Compared:
 
 def _settings(folder: RunFolder, records: Report) -> dict[str, Any]:
     """Every setting by "section.key"; of a run of another version those that config.toml has."""
-    from cupytron.config import load_config
+    from cupytron.config import load_config, resolve_run
 
     try:
-        sections = load_config(file=folder.config).model_dump(mode="json")
+        config = load_config(file=folder.config)
+        with contextlib.suppress(CupytronError):  # no vocabulary is known
+            config = resolve_run(config, None)
+        sections = config.model_dump(mode="json")
     except CupytronError:
         sections = records.settings
     return {
@@ -143,7 +151,9 @@ def _settings(folder: RunFolder, records: Report) -> dict[str, Any]:
 
 
 def _sealed_data(folder: RunFolder) -> dict[str, Any]:
-    """What the newest readable manifest says about the data; {} without one."""
+    """What the newest readable manifest says about the data; without one, the tokenizer's hash alone."""
+    from cupytron.data import DataError, load_tokenizer
+
     for step in reversed(folder.steps()):
         place = step_folder(folder.path, step)
         try:
@@ -152,6 +162,8 @@ def _sealed_data(folder: RunFolder) -> dict[str, Any]:
         except CupytronError:
             continue  # damaged, or removed meanwhile
         return dict(body.get("data") or {})
+    with contextlib.suppress(DataError, OSError):
+        return {"tokenizer_hash": load_tokenizer(folder.tokenizer).hash}
     return {}
 
 
@@ -164,52 +176,79 @@ def _bits_per_byte(run: Compared) -> float | None:
     from cupytron.trained import predicted_bytes
 
     losses, path = run.report.curve("val_loss"), run.settings.get("data.path")
-    if not losses or not isinstance(path, str):
+    sealed = run.data.get("val_sha256")
+    if not losses or not isinstance(path, str) or sealed is None:
         return None
     try:
-        dataset = open_dataset(path)
-        if run.data.get("val_sha256") != dataset.val.sha256:
-            return None
-        counted = dict(run.report.curve("val_tokens"))
+        dataset = open_dataset(path, checked=["val"])
+        whole = dataset.val.num_tokens - 1
         step, best = min(losses, key=lambda point: point[1])
-        targets = int(counted.get(step, dataset.val.num_tokens - 1))
+        targets = int(dict(run.report.curve("val_tokens")).get(step, whole))
+        if dataset.val.sha256 != sealed or not 0 < targets <= whole:
+            return None
         size = predicted_bytes(dataset, targets)
     except (DataError, OSError):
         return None
     return best * targets / math.log(2) / size if size else None
 
 
+def _show(value: Any) -> str:
+    # a tenth of 0.003 is 0.00030000000000000003
+    return report.show(float(f"{value:.12g}") if isinstance(value, float) else value)
+
+
 def _differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    rows = {key: [report.show(run.settings.get(key)) for run in runs] for key in keys}
+    rows = {key: [_show(run.settings.get(key)) for run in runs] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
 def _notes(runs: Sequence[Compared]) -> Iterator[str]:
     for run in runs:
         if not (run.report.curve("loss") or run.report.curve("val_loss")):
-            yield f"{run.tag}, {run.name}: it has no records yet."
+            what = "loss that is a finite number" if run.report.lost else "records yet"
+            yield f"{run.tag}, {run.name}: it has no {what}."
         # the environment is not compared
         told = [note for note in run.report.notes if "environment.json" not in note]
         yield from (f"{run.tag}, {run.name}: {note}" for note in told)
-    if _differ(run.data.get("tokenizer_hash") for run in runs):
+        if "val_sha256" not in run.data:
+            yield f"{run.tag}, {run.name}: it has no checkpoint, so it does not say which data it has."
+    tokenizers = _known(run.data.get("tokenizer_hash") for run in runs)
+    if len(tokenizers) > 1:
+        way_out = "bits per byte can, on the same text"
+        if any(run.bits_per_byte is None for run in runs):
+            way_out += " (`cupytron eval RUN` says them where they are not known here)"
         yield (
             "The runs have different tokenizers. Their losses cannot be compared, since a token stands "
-            "for more or less text; bits per byte can, on the same text."
+            f"for more or less text; {way_out}."
         )
-    elif _differ(run.data.get("val_sha256") for run in runs):
+    elif len(_known(run.data.get("val_sha256") for run in runs)) > 1:
         yield "The runs have different validation splits. Their validation losses cannot be compared."
-    if _differ(run.settings.get("train.eval_tokens") for run in runs):
-        yield "The validation losses are over different numbers of tokens (train.eval_tokens)."
-    if _differ(run.settings.get("train.sequence_length") for run in runs):
+    if not tokenizers and len(_known(run.settings.get("model.vocab_size") for run in runs)) > 1:
+        yield (
+            "The runs have vocabularies of different sizes and no tokenizers. Their losses can be compared "
+            "only if their token ids mean the same."
+        )
+    if _counts_differ(runs):
+        yield (
+            "The validation losses are over different numbers of tokens (train.eval_tokens), so that they "
+            "cannot be compared."
+        )
+    if len(_known(run.settings.get("train.sequence_length") for run in runs)) > 1:
         yield "Longer sequences give a token more context, which lowers the loss by itself."
-    if any(not run.data for run in runs):
-        yield "A run without a checkpoint does not say which data it has."
 
 
-def _differ(values: Any) -> bool:
-    """Whether those that are known differ; eval_tokens is known in each run, None as well."""
-    return len(set(values)) > 1
+def _known(values: Iterable[Any]) -> set[Any]:
+    return {value for value in values if isinstance(value, str | int)}
+
+
+def _counts_differ(runs: Sequence[Compared]) -> bool:
+    """Whether validation losses are over different numbers of tokens, as far as anything says so."""
+    counts = [{count for _, count in run.report.curve("val_tokens")} for run in runs]
+    if all(counts):
+        return len(set().union(*counts)) > 1
+    # earlier versions did not record them
+    return len({str(run.settings.get("train.eval_tokens")) for run in runs}) > 1
 
 
 # the page, and the picture
@@ -217,58 +256,63 @@ def _differ(values: Any) -> bool:
 
 def write_html(found: Comparison, out: str | Path) -> None:
     """Write one self-contained page; everything that is not our own text is escaped."""
-    title = " and ".join(run.name for run in found.runs) if len(found.runs) == 2 else "Runs"
-    head = [f"{run.tag}  {run.name}" for run in found.runs]
+    runs = found.runs
+    title = " and ".join(run.name for run in runs) if len(runs) == 2 else "Runs"
+    tags = [run.tag for run in runs]
     body = [
-        _figure("Validation loss", found.runs, "val_loss", marks=True),
-        _figure("Training loss", found.runs, "loss"),
-        report_page.figure(
-            "Training loss by time",
-            [_series(run, i, _by_minutes(run.report)) for i, run in enumerate(found.runs)],
-            "time",
-            x_label="minutes",
-        ),
-        report_page.row(
-            [
-                _figure("Learning rate", found.runs, "lr", small=True),
-                _figure("Tokens a second", found.runs, "tokens_per_second", small=True),
-            ]
-        ),
-        report_page.wide_table("Figures", head, found.table()),
-        report_page.wide_table("Settings that differ", head, found.settings),
+        report_page.legend([_series(run, i, []) for i, run in enumerate(runs)]),
+        _figure("Validation loss", runs, "val_loss"),
+        _figure("Training loss", runs, "loss"),
+        _time_figure(runs),
+        report_page.row([_figure(name, runs, key, small=True) for key, name in report.SMALL]),
+        report_page.wide_table("Figures", tags, found.table()),
+        report_page.wide_table("Settings that differ", tags, found.settings),
     ]
-    document = report_page.page(
-        title, f"{len(found.runs)} runs compared", [], found.notes, body, _style()
-    )
-    report_page.write(document, out)
+    subtitle = f"{len(runs)} runs compared"
+    report_page.write(report_page.page(title, subtitle, [], found.notes, body, _style()), out)
 
 
-def _figure(
-    title: str, runs: Sequence[Compared], key: str, marks: bool = False, small: bool = False
-) -> str:
+_MOST_NAMES = (
+    4  # above a chart; of more runs the letters stand there, since the page begins with a list
+)
+_SMOOTHED = "Each line is a mean over about a twentieth of its records."
+
+
+def _figure(title: str, runs: Sequence[Compared], key: str, small: bool = False) -> str:
     lines, smoothed = [], False
     for i, run in enumerate(runs):
         points = run.report.curve(key)
-        if key == "loss" or key == "tokens_per_second":
+        if key not in ("val_loss", "lr"):  # these are not noisy
             smoothed |= chart.smoothing_window(points) > 1
             points = chart.smooth(points)
-        lines.append(_series(run, i, points, marks, run.tag if small else ""))
-    remark = "Each line is a mean over about a twentieth of its records." if smoothed else ""
+        lines.append(_series(run, i, points, key == "val_loss", small or len(runs) > _MOST_NAMES))
+    remark = ("Smoothed." if small else _SMOOTHED) if smoothed else ""
     return report_page.figure(title, lines, key, small, remark)
 
 
 def _series(
-    run: Compared, number: int, points: Sequence[Point], marks: bool = False, name: str = ""
+    run: Compared, number: int, points: Sequence[Point], marks: bool = False, short: bool = False
 ) -> Series:
-    return Series(name or f"{run.tag}  {run.name}", points, f"run{number}", marks, run.tag)
+    name = run.tag if short else f"{run.tag}  {run.name}"
+    return Series(name, points, f"run{number}", marks, run.tag)
 
 
-def _by_minutes(records: Report) -> list[Point]:
-    """The smoothed training loss by minutes that the run has spent in steps."""
-    elapsed = dict(records.curve("elapsed_seconds"))
-    smooth = chart.smooth(records.curve("loss"))
-    points = [(elapsed[step] / 60, loss) for step, loss in smooth if step in elapsed]
-    return sorted(points)
+def _time_figure(runs: Sequence[Compared]) -> str:
+    """The smoothed training loss by the time that each run has spent in steps."""
+    elapsed = [dict(run.report.curve("elapsed_seconds")) for run in runs]
+    longest = max((max(seconds.values(), default=0.0) for seconds in elapsed), default=0.0)
+    unit, size = next((unit for unit in _UNITS if longest >= 3 * unit[1]), _UNITS[-1])
+    lines, smoothed = [], False
+    for i, (run, seconds) in enumerate(zip(runs, elapsed, strict=True)):
+        loss = run.report.curve("loss")
+        smoothed |= chart.smoothing_window(loss) > 1
+        points = [(seconds[step] / size, y) for step, y in chart.smooth(loss) if step in seconds]
+        lines.append(_series(run, i, sorted(points), short=len(runs) > _MOST_NAMES))
+    remark = _SMOOTHED if smoothed else ""
+    return report_page.figure("Training loss by time", lines, "time", remark=remark, x_label=unit)
+
+
+_UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def _style() -> str:
@@ -291,25 +335,34 @@ def write_png(found: Comparison, out: str | Path) -> None:
     Raises:
         CupytronError: matplotlib is not installed.
     """
-    with report.picture(out, size=(11, 4.5)) as figure:
+    with report.picture(out, size=(11, 4.5 + 0.25 * len(found.runs))) as figure:
+        from matplotlib.lines import Line2D
+
         axes = figure.subplots(1, 2)
+        styles = [
+            {"color": _COLOURS[i][0], "linestyle": _DASHES[i % len(_DASHES)]}
+            for i in range(len(found.runs))
+        ]
         for key, title, place in zip(
             ("val_loss", "loss"), ("validation loss", "training loss, smoothed"), axes, strict=True
         ):
-            for i, run in enumerate(found.runs):
-                points = run.report.curve(key)
-                if not points:
-                    continue
-                points = chart.smooth(points) if key == "loss" else points
-                (line,) = place.plot(
-                    *zip(*points, strict=True),
-                    color=_COLOURS[i][0],
-                    linestyle=_DASHES[i % len(_DASHES)],
-                    marker="." if key == "val_loss" or len(points) == 1 else "",
-                )
-                line.set_label(printable(f"{run.tag}  {run.name}"))
+            curves = [chart.smooth(run.report.curve(key)) for run in found.runs]
+            if key == "val_loss":
+                curves = [run.report.curve(key) for run in found.runs]
+            for points, style in zip(curves, styles, strict=True):
+                if points:
+                    marker = "." if key == "val_loss" or len(points) == 1 else ""
+                    place.plot(*zip(*points, strict=True), marker=marker, **style)
+            if values := [y for points in curves for _, y in points]:
+                place.set_ylim(*chart.bounds(values))
             place.set(xlabel="step", title=title)
             place.grid(alpha=0.3)
-            if place.get_legend_handles_labels()[0]:
-                for said in place.legend().get_texts():
-                    said.set_parse_math(False)
+        names = [printable(f"{run.tag}  {run.name}") for run in found.runs]
+        keys = figure.legend(
+            [Line2D([], [], **style) for style in styles],
+            [name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}" for name in names],
+            loc="outside lower left",
+            handlelength=4,
+        )
+        for said in keys.get_texts():
+            said.set_parse_math(False)

@@ -257,8 +257,13 @@ def write_html(report: Report, out: str | Path) -> None:
     report_page.write(page, out)
 
 
+def last_step(report: Report) -> float:
+    """The step of the last record of a run that has one."""
+    return max(points[-1][0] for points in report.curves.values())
+
+
 def _subtitle(report: Report) -> str:
-    last = max(points[-1][0] for points in report.curves.values())
+    last = last_step(report)
     train = report.settings.get("train", {})
     steps = train.get("max_steps") if isinstance(train, Mapping) else None
     return f"step {last:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) else "")

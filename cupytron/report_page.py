@@ -32,6 +32,8 @@ figcaption { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: baseli
 .key { color: var(--soft); font-size: .85rem; }
 .key .swatch { display: inline-block; width: 1.75em; height: .75em; vertical-align: middle;
   margin-right: .4em; }
+.legend { list-style: none; padding: 0; margin: 1.5rem 0 0; }
+.legend .key { color: var(--ink); overflow-wrap: anywhere; }
 .remark { color: var(--soft); font-size: .85rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 1px; margin: 1.75rem 0 0;
   grid-template-columns: repeat(auto-fill, minmax(max(9rem, 22%), 1fr)); }
@@ -43,6 +45,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 0 1.25rem; align-items: baseli
 @media (max-width: 40rem) { .desk { display: none; } .phone { display: block; } }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .tag { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg path { fill: none; } .grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
 .line { stroke-width: 2; stroke-linejoin: round; }
 .line.train { stroke: var(--train); } .line.val { stroke: var(--val); }
@@ -62,9 +65,9 @@ th, td { text-align: left; font-weight: 400; padding: .2rem 0; vertical-align: t
 th { color: var(--soft); padding-right: 1rem; min-width: 7rem; overflow-wrap: anywhere; }
 td { text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-.wide th:first-child { min-width: 8.5rem; }
-.wide th + th { text-align: right; min-width: 6rem; }
-.wide td, .wide th + th { padding: .2rem 0 .2rem 1rem; }
+.wide th:first-child { min-width: 10rem; position: sticky; left: 0; background: var(--paper); }
+.wide th + th { text-align: right; min-width: 5.25rem; }
+.wide td, .wide th + th { padding: .2rem 0 .2rem .75rem; }
 """
 
 # the page holds all that it needs: a browser is told to fetch nothing
@@ -145,10 +148,19 @@ def figure(
             f'<div class="{kind}">{chart.svg(series, label, f"{name}-{kind}", *size, x_label)}</div>'
             for kind, size in sizes.items()
         ]
-    keys = [f'<span class="key">{_swatch(s)}{text(s.name)}</span>' for s in series]
+    keys = [_key(s, "span") for s in series]
     caption = f"<h2>{text(title)}</h2>{''.join(keys) if len(keys) > 1 else ''}"
     said = f'<p class="remark">{text(remark)}</p>' if remark else ""
     return f"<figure><figcaption>{caption}</figcaption>{said}{''.join(drawings)}</figure>"
+
+
+def legend(series: Sequence[chart.Series]) -> str:
+    """A list of lines that stand in several charts, whose names may be long."""
+    return f'<ul class="legend">{"".join(_key(s, "li") for s in series)}</ul>'
+
+
+def _key(series: chart.Series, element: str) -> str:
+    return f'<{element} class="key">{_swatch(series)}{text(series.name)}</{element}>'
 
 
 def _swatch(series: chart.Series) -> str:
@@ -183,7 +195,10 @@ def tables(title: str, sections: Mapping[str, Pairs]) -> str:
 
 
 def wide_table(title: str, head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table with a column for each of several things, which a narrow page can scroll; "" without rows."""
+    """A table with a column for each of several things, which a narrow page can scroll; "" without rows.
+
+    The names of the rows stay in sight.
+    """
     if not rows:
         return ""
     cells = "".join(f"<th>{text(name)}</th>" for name in head)

@@ -12,6 +12,7 @@ from runs import TEXT, make_data, run_here
 from cupytron import compare
 from cupytron.cli.main import cli
 from cupytron.config import load_config
+from cupytron.data.tokenizers import ByteTokenizer
 from cupytron.errors import CupytronError
 from cupytron.manifest import MANIFEST, seal
 from cupytron.report import Report
@@ -79,7 +80,7 @@ def test_the_page_the_picture_and_the_terminal(tmp_path, one):
     done = call(one, other, "--out", page, "--png", png)
     assert done.exit_code == 0, done.output
     assert re.search(r"^optim.lr +0.001 +0.01$", done.output, re.M)
-    assert re.search(r"^Best validation loss +2\.5000 \(at step 3\) +-$", done.output, re.M)
+    assert re.search(r"^Best validation loss +2\.5000 +-\nBest at step +3 +-$", done.output, re.M)
     text = page.read_text()
     assert "&lt;b&gt;&amp;" in text and "<b>" not in text
     assert "default-src 'none'" in text and not re.search(r"https?://(?!www\.w3\.org)", text)
@@ -111,12 +112,94 @@ def test_losses_over_other_tokens_are_told(tmp_path, one):
     assert "train.eval_tokens" in notes and "more context" in notes
 
 
+@pytest.mark.parametrize("counts", [(100, 100), (100, 50), (None, None)])
+def test_validation_losses_are_over_as_many_tokens_as_the_records_say(tmp_path, one, counts):
+    """train.eval_tokens may be more than the validation split has."""
+    other = written(tmp_path / "two", [1.0], data=("t", "a", "v"), **{"train.eval_tokens": 100})
+    for folder, count in zip((one, other), counts, strict=True):
+        with (folder / "metrics.jsonl").open("a") as file:
+            told = {} if count is None else {"val_tokens": count}
+            file.write(json.dumps({"step": 3, "val_loss": 2.0} | told) + "\n")
+    told = any("different numbers of tokens" in n for n in compare.read([one, other]).notes)
+    assert told == (counts != (100, 100))
+
+
+def test_what_is_not_known_is_not_called_different(tmp_path, one):
+    other = written(tmp_path / "two", [1.0])
+    notes = " ".join(compare.read([one, other]).notes)
+    assert "different" not in notes and "two: it has no checkpoint" in notes
+
+
+def test_a_run_without_a_checkpoint_has_its_tokenizer(tmp_path, one):
+    ByteTokenizer().save(written(tmp_path / "two", [1.0]) / "tokenizer.json")
+    notes = " ".join(compare.read([one, tmp_path / "two"]).notes)
+    assert "different tokenizers" in notes and "`cupytron eval RUN` says them" in notes
+
+
+def test_vocabularies_without_tokenizers(tmp_path):
+    for name, size in (("a", 50), ("b", 60)):
+        written(tmp_path / name, [1.0], **{"model.vocab_size": size})
+    notes = compare.read([tmp_path / "a", tmp_path / "b"]).notes
+    assert sum("vocabularies of different sizes" in note for note in notes) == 1
+
+
+def test_settings_are_compared_as_they_are_used(tmp_path):
+    """What is not set follows another setting, and the last bit of a quotient is no difference."""
+    for name, more in (("a", {}), ("b", {"model.num_kv_heads": 4, "optim.min_lr": 0.0003})):
+        written(tmp_path / name, [1.0], **{"model.vocab_size": 50, "optim.lr": 0.003, **more})
+    written(tmp_path / "c", [1.0], **{"model.vocab_size": 50, "model.family": "llama"})
+    assert compare.read([tmp_path / "a", tmp_path / "b"]).settings == {}
+    found = compare.read([tmp_path / "a", tmp_path / "c"]).settings
+    assert found["model.norm"] == ["layer", "rms"] and found["optim.min_lr"] == ["0.0003", "0.0001"]
+
+
+def test_a_run_in_progress(tmp_path, one):
+    other = written(tmp_path / "two", [3.0, 2.0], **{"train.max_steps": 5})
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert compare.read([one, other]).table()["Step"] == ["3 of 2,000", "2 of 5"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(0.02, "seconds"), (100, "seconds"), (200, "minutes"), (11000, "hours")]
+)
+def test_times_are_shown_in_a_unit_that_fits_and_are_not_negative(tmp_path, seconds, unit):
+    for name in "ab":
+        folder = written(tmp_path / name, [])
+        lines = [{"step": i, "loss": 1.0, "elapsed_seconds": seconds * i / 9} for i in range(1, 10)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    compare.write_html(compare.read([tmp_path / "a", tmp_path / "b"]), tmp_path / "page.html")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "page.html").read_text())
+    assert unit in texts and not [said for said in texts if said.startswith("-")]
+
+
+def test_many_runs_are_named_once_and_their_lines_by_letters(tmp_path):
+    folders = [written(tmp_path / f"{'long' * 20}-{i}", [2.0, 1.0], [(1, 2.0)]) for i in range(5)]
+    for count, each in ((5, 1), (2, 4)):
+        found = compare.read(folders[:count])
+        compare.write_html(found, tmp_path / "page.html")
+        body = (tmp_path / "page.html").read_text().partition('<ul class="legend">')[2]
+        keys = re.findall(r'class="key">.*?</svg>([^<]*)<', body)
+        assert sum(found.runs[0].name in key for key in keys) == each
+
+
+def test_long_values_are_cut_in_the_terminal_only(tmp_path, one):
+    path = f"/{'x' * 5000}/end"
+    other = written(tmp_path / "two", [1.0], **{"data.path": json.dumps(path)})
+    done = call(one, other, "--out", tmp_path / "page.html")
+    assert re.search(r"^data.path +- +/xxxxxxxxxxx\.\.\.x+/end$", done.output, re.M)
+    assert path in (tmp_path / "page.html").read_text()
+
+
 def test_runs_without_records_or_with_losses_that_are_no_numbers(tmp_path, one):
     begun = written(tmp_path / "begun", [])
     lost = written(tmp_path / "lost", [1.0, None])
     found = compare.read([one, begun, lost])
     assert any("begun: it has no records yet" in note for note in found.notes)
     assert any("lost: 1 loss was not finite" in note for note in found.notes)
+    nan = written(tmp_path / "nan", [None])
+    words = "nan: it has no loss that is a finite number"
+    assert any(words in note for note in compare.read([one, nan]).notes)
     assert found.table()["Training loss"][1] == "-"
     compare.write_html(found, tmp_path / "page.html")
 
@@ -138,6 +221,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path, one):
     ):
         with pytest.raises(CupytronError, match=words):
             compare.read(paths)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels"):  # which commands say in one line
+        compare.read([one, tmp_path / "loop"])
     found = compare.read(many[:8])
     compare.write_html(found, tmp_path / "page.html")
     assert len({run.tag for run in found.runs}) == 8

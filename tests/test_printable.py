@@ -115,6 +115,10 @@ def test_of_a_run(run, tmp_path, capsys):
     page = (run / "report.html").read_text()
     assert not FORBIDDEN.search(page) and r"x\x1b[31m" in page
     assert shown(["report", run, "--no-sample", "--png", tmp_path / "x.png"], capsys)[0] == 0
+    shutil.copytree(run, other := tmp_path / f"{EVIL}2")
+    assert shown(["compare", run, other, "--out", tmp_path / "x.html"], capsys)[0] == 0
+    page = (tmp_path / "x.html").read_text()
+    assert not FORBIDDEN.search(page) and page.count(r"x\x1b[31m") > 4
     assert shown(["checkpoint", "ls", tmp_path / f"no{EVIL}"], capsys)[0] == 1
     assert shown(["checkpoint", "digest", run, "--checkpoint", EVIL], capsys)[0] == 1
     assert shown(["--debug", "checkpoint", "digest", run, "--checkpoint", EVIL], capsys)[0] == 1
