@@ -123,6 +123,9 @@ class Display:
                     print(text, file=self._stream, flush=True)
         except OSError:
             self._give_up()
+        except ValueError:  # the stream was closed by its owner
+            self.quiet = True
+            self._closed.set()
 
     def text(self, width: int) -> str:
         """The line that renews itself, cut to so many columns."""

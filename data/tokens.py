@@ -86,9 +86,10 @@ class FileTokens:
         wanted, at = (stop - start) * self.dtype.itemsize, start * self.dtype.itemsize
         data = self._read_bytes(wanted, at)
         if len(data) < wanted:
+            end, _ = self._state()  # the file may end long before `at`
             raise DataError(
-                f"{self.path}: its bytes end at {at + len(data):,}, and had {self.num_bytes:,} when it "
-                "was opened: the file was cut short while it was in use; prepare the data set again"
+                f"{self.path}: its bytes end at {end:,}, and had {self.num_bytes:,} when it was opened: "
+                "the file was cut short while it was in use; prepare the data set again"
             )
         return np.frombuffer(data, self.dtype)
 

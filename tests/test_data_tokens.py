@@ -88,6 +88,14 @@ def test_a_file_that_is_cut_short_is_named(data, split):
         read()
 
 
+@pytest.mark.parametrize("at", [0, 49, 50, 51, 9_000])
+def test_the_end_of_a_file_is_told_wherever_it_was_read(data, at):
+    tokens = open_dataset(data).train.tokens
+    os.truncate(data / "train.bin", 100)
+    with pytest.raises(DataError, match=r"train\.bin: its bytes end at 100, and had 37,848 when"):
+        tokens[at : at + 60]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("value", "message"), [(60_000, "has id 60000, outside"), (1, "SHA-256")])
 def test_ids_that_are_overwritten_are_told(data, split, value, message):

@@ -154,7 +154,8 @@ def test_samples_on_a_terminal_and_in_a_pipe(terminal, monkeypatch, capsys):
 
 
 def test_progress_and_failures(capsys, monkeypatch):
-    Progress(1).line(EVIL)
+    with Progress(1) as shown:
+        shown.line(EVIL)
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1 and not FORBIDDEN.search(out)
     monkeypatch.setenv("OPENBLAS_CORETYPE", EVIL)

@@ -130,6 +130,15 @@ def test_a_short_phase_and_a_quiet_command_say_nothing(monkeypatch):
     assert stream.getvalue() == ""
 
 
+def test_a_stream_that_its_owner_closed_ends_no_run(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Display(stderr=True) as display:
+        stream.close()
+        display.line("a line")
+        assert display.quiet
+
+
 def test_work_of_every_kind_is_counted(data, tmp_path, monkeypatch):
     seen = set()
     inner = progress.count
