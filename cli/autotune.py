@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cupytron.cli.flags import UNUSED_WITHOUT_TRAINING
-from cupytron.cli.help import Command, option
+from cupytron.cli.help import Command, NewFile, option
 from cupytron.cli.options import (
     Settings,
     data_vocabulary,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=NewFile(),
     metavar="FILE",
     heading="Measurement",
     help="Another copy of the table.",

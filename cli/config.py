@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cupytron.cli.help import Group, PresetOption, option
+from cupytron.cli.help import Group, PathText, PresetOption, option
 from cupytron.cli.options import Settings, settings_options
 from cupytron.cli.say import say, say_json, say_page
 
@@ -59,7 +59,7 @@ def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
         "cupytron config validate --preset demo a.toml b.toml",
     ]
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", type=PathText(), nargs=-1, required=True, metavar="FILE...")
 @click.option("--preset", cls=PresetOption)
 @click.pass_context
 def validate(ctx: click.Context, files: tuple[str, ...], preset: str | None) -> None:

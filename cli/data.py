@@ -1,11 +1,10 @@
 """`cupytron data prepare` and `cupytron data inspect`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from cupytron.cli.help import Folder, Group, option
+from cupytron.cli.help import Folder, Group, PathText, option
 from cupytron.cli.say import say, say_json, say_page
 
 
@@ -22,17 +21,18 @@ def command() -> None:
         "cupytron data prepare train.bin --out runs/data --vocab-size 50257",
     ]
 )
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("sources", type=PathText(), metavar="SOURCE...", nargs=-1, required=True)
 @option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=Folder(),
     metavar="DIR",
     heading="Data set",
     help="Folder to write.",
 )
 @option(
     "--tokenizer",
+    type=PathText(),
     heading="Tokens",
     metavar="byte|char|bpe:SIZE|FILE",
     help="How text becomes token ids. FILE: a tokenizer.json of ours or of Hugging Face.  [default: byte]",
@@ -78,7 +78,7 @@ def command() -> None:
 )
 def prepare(
     sources: tuple[str, ...],
-    out: Path,
+    out: str,
     tokenizer: str | None,
     val_fraction: float,
     vocab_size: int | None,

@@ -1,7 +1,9 @@
 """Commands whose help has headings, what each value may be, and examples; suggestions for wrong names."""
 
 import functools
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,8 +76,36 @@ class PresetOption(Option):
         return click.Choice(_presets()).shell_complete(ctx, self, incomplete)
 
 
-class Folder(click.ParamType):
-    """A folder's path, which is completed as one; the library says what is wrong with it."""
+class PathText(click.ParamType):
+    """A path, or one of the words that may stand in its place; the library says what is wrong with it.
+
+    `~` and `~USER` at its beginning are home folders: shells leave them alone behind `--out=`. As in
+    shells, an unknown USER stays as it is.
+    """
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        return os.path.expanduser(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+
+class NewFile(click.Path):
+    """A file to write; home folders as in PathText."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class Folder(PathText):
+    """A folder's path, which is completed as one."""
 
     name = "folder"
 

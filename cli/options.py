@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cupytron.cli.flags import FLAGS, HEADINGS, SHOWN, SWITCHES
-from cupytron.cli.help import Folder, PresetOption, SettingOption, option, usage_message
+from cupytron.cli.help import Folder, PathText, PresetOption, SettingOption, option, usage_message
 from cupytron.cli.say import say
 
 if TYPE_CHECKING:
@@ -366,7 +366,13 @@ def _options(unused: Mapping[str, str], defaults: bool = True) -> list[Callable[
     start: dict[str, Any] = {"heading": "Settings to start from"}
     options = [
         click.option("--preset", cls=PresetOption, **start),
-        option("--config", metavar="FILE", help="TOML file; overrides the preset.", **start),
+        option(
+            "--config",
+            type=PathText(),
+            metavar="FILE",
+            help="TOML file; overrides the preset.",
+            **start,
+        ),
         option(
             "--set",
             "set_",

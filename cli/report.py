@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cupytron.cli.help import Command, Folder, option
+from cupytron.cli.help import Command, Folder, NewFile, option
 from cupytron.cli.say import say, say_page
 
 
@@ -18,13 +18,13 @@ from cupytron.cli.say import say, say_page
 @click.argument("run", type=Folder(), metavar="RUN")
 @option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     metavar="FILE",
     help="HTML file to write.  [default: RUN/report.html]",
 )
 @option(
     "--png",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     metavar="FILE",
     help="Also draw the loss curves here (needs the plot extra).",
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cupytron.cli.help import Command, option
+from cupytron.cli.help import Command, NewFile, option
 from cupytron.cli.say import say, say_page
 from cupytron.parallel.schedules import NAMES  # imports no NumPy
 
@@ -81,7 +81,7 @@ def _parse_times(ctx: click.Context, param: click.Parameter, value: str) -> Time
 @option(
     "--svg",
     "picture",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     metavar="FILE",
     help="Also draw it here.",
 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cupytron.cli.help import Command, option
+from cupytron.cli.help import Command, PathText, option
 from cupytron.cli.options import (
     Settings,
     parse_settings,
@@ -57,12 +57,14 @@ SHOWN = 8  # lines of the table
 @option(
     "--model",
     "own",
+    type=PathText(),
     metavar="FILE:CLASS",
     heading="Comparison",
     help="Your own model. FILE is executed: name only a Python file that you trust.",
 )
 @option(
     "--sweep",
+    type=PathText(),
     metavar="FILE",
     heading="Comparison",
     help="Many cases: the flags of one a line, # comments.",

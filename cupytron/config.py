@@ -6,11 +6,12 @@ ValidationError. None means "follow another setting"; `resolve_model` and the pr
 `RunConfig` say which.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cupytron.config_checks import CHUNKS, Problem, check_mesh, check_model, check_run
 from cupytron.config_io import write_toml
@@ -135,9 +136,12 @@ class ModelConfig(_Settings):
 class DataConfig(_Settings):
     """The text, as tokens."""
 
-    path: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")] | None = Field(
-        default=None, description="folder made by `cupytron data prepare`"
-    )
+    path: (
+        Annotated[
+            str, Field(min_length=1, pattern=r"^[^\x00]*$"), AfterValidator(os.path.expanduser)
+        ]
+        | None
+    ) = Field(default=None, description="folder made by `cupytron data prepare`")
 
 
 class TrainConfig(_Settings):

@@ -211,3 +211,33 @@ def test_the_demo_shows_commands_as_they_can_be_typed(tmp_path):
     words = [shlex.split(line) for line in shown]
     assert words[2][-4:] == ["--prompt", "The ", "--max-new-tokens", "300"]
     assert all(str(tmp_path / "my runs") in " ".join(w) and len(w) < 18 for w in words)
+
+
+PATHS = [
+    pytest.param(param, id=f"{' '.join(path[1:])} {param.opts[0]}")
+    for path, command in COMMANDS.items()
+    for param in command.params
+    if re.search(r"\b(RUN|DIR|FILE|SOURCE)\b", getattr(param, "shown", "") or param.metavar or "")
+]
+
+
+@pytest.mark.parametrize("param", PATHS)
+def test_a_tilde_is_a_home_folder(param, monkeypatch, tmp_path):
+    # shells leave it alone in --out=~/x
+    monkeypatch.setenv("HOME", str(tmp_path))
+    convert = lambda text: str(param.type.convert(text, param, None))  # noqa: E731
+    assert convert("~/new") == str(tmp_path / "new")
+    assert convert("~root/new") == f"{Path('~root').expanduser()}/new" != "~root/new"
+    assert convert("~no-such-user/new") == "~no-such-user/new"
+    assert convert("a~/new") == "a~/new"
+
+
+def test_the_paths_are_found():
+    assert len(PATHS) > 20
+
+
+def test_a_tilde_in_settings_is_a_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.toml").write_text('[data]\npath = "~/data"\n')
+    for how in ({"file": tmp_path / "settings.toml"}, {"overrides": ["data.path=~/data"]}):
+        assert load_config(**how).data.path == str(tmp_path / "data")
