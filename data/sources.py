@@ -188,7 +188,7 @@ def _decode(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise _NotUtf8(
                     f"{path}: not UTF-8 text at byte {position - held + error.start}; convert it, for "
-                    "example with iconv -t UTF-8"
+                    "example with iconv -t UTF-8, or unpack it if it is compressed"
                 ) from None
             if text:
                 yield text

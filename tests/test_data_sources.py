@@ -1,9 +1,13 @@
 """Sources: ids of every type, JSON lines by every name, and files that are refused or passed over."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -252,6 +256,14 @@ def test_json_in_a_folder_without_the_field_is_passed_over_and_told(here):
     assert "no field 'text'; its fields: 'name'" in refused("in/package.json")
 
 
+def tar_of_text():
+    """An archive whose bytes are UTF-8."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return packed.getvalue()
+
+
 PACKED = {
     "a.jsonl.gz": (gzip.compress(LINES.encode()), "gzip-compressed; unpack it with gunzip -k"),
     "a.txt.gz": (b"", "gunzip -k"),
@@ -263,6 +275,19 @@ PACKED = {
     "a.zip": (b"PK\x03\x04", "unzip"),
     "a.npz": (b"PK\x03\x04", "unzip"),
     "a.tar": (b"a.txt\0\0", "tar -xf"),
+    "a.txt.br": (b"\x0b\x02\x80text\x03", "brotli -d"),
+    "a.txt.Z": (b"\x1f\x9d\x90", "gunzip -k in/a.txt.Z"),
+    "renamed-bz2.txt": (
+        bz2.compress(b"text"),
+        "bunzip2 -k < in/renamed-bz2.txt > in/unpacked-renamed-bz2.txt",
+    ),
+    "renamed-empty-bz2.txt": (bz2.compress(b""), "bunzip2 -k < "),
+    "renamed-xz.jsonl": (lzma.compress(b"text"), "unxz -k < "),
+    "renamed-zst.txt": (b"\x28\xb5\x2f\xfd\0", "zstd -d < "),
+    "renamed-compress.txt": (b"\x1f\x9d\x90", "gunzip -k < "),
+    "renamed-7z.txt": (b"7z\xbc\xaf\x27\x1c\0\4", "7z x in/renamed-7z.txt"),
+    "renamed-rar.txt": (b"Rar!\x1a\x07\x01\0", "unrar x"),
+    "renamed-tar.txt": (tar_of_text(), "tar -xf"),
     "a.parquet": (b"PAR1\x15\x04", "a Parquet file; write it as lines in Python: pandas.read_par"),
     "a.arrow": (b"ARROW1\0\0", "datasets.Dataset.from_file('in/a.arrow').to_json("),
     "a.feather": (b"", "an Arrow file"),
