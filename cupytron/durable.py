@@ -201,10 +201,23 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of an open file, which do not name it, have its path as their filename."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def way_out(error: OSError) -> str:
     """What to do about an error of writing, to be followed by a place."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "let this user write"
     if error.errno == errno.EFBIG:
         return "raise the limit of a file's size (ulimit -f)"
-    return "make room"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room"
+    return "look at what is wrong"

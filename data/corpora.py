@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from cupytron.durable import naming
+
 from .errors import DataError
 from .paths import walk
 from .sources import Part, Source, TextFile, is_text
@@ -94,7 +96,8 @@ def _download_shakespeare(work: Path) -> Path:
             f"{SHAKESPEARE_SHA256[:16]}...; {by_hand}"
         )
     path = work / "shakespeare.txt"
-    path.write_bytes(data)
+    with naming(path):
+        path.write_bytes(data)
     return path
 
 

@@ -81,8 +81,9 @@ def prepare_dataset(
     out = Path(os.path.realpath(out))
     notes = remove_dead(out, report)
     _check_output(out, overwrite)
+    work = WorkFolder(out)
     try:
-        with OrderlyStop() as stop, WorkFolder(out) as work:
+        with OrderlyStop() as stop, work:
             with stop.released():
                 opened, found = _open_sources(sources, text_field, bin_dtype, work)
                 choice = _tokenizer(tokenizer, vocab_size, opened, separator, report)
@@ -93,11 +94,11 @@ def prepare_dataset(
             _check_output(out, overwrite)
             work.publish()
     except OSError as error:
-        if error.filename is not None:
+        place = out if error.filename is None else work.place_of(error.filename)
+        if place is None:
             raise
-        # the errors of an open file do not name it
         raise DataError(
-            f"{out}: {error.strerror or error}, while the data set was written; {way_out(error)} there, "
+            f"{place}: {error.strerror or error}, while the data set was written; {way_out(error)} there, "
             "and give the same command again"
         ) from error
     notes += [*found, *_notes(tokenizer, choice), *written.notes, *work.notes]

@@ -5,6 +5,7 @@ ends and byte order marks too).
 """
 
 import codecs
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -163,14 +164,16 @@ class _NotUtf8(DataError):
     pass
 
 
-def open_file(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
     """Open a source.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: it cannot be opened or read.
     """
     try:
-        return durable.open_file(path)
+        with durable.open_file(path) as file:
+            yield file
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror}") from error
 

@@ -36,7 +36,8 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        # the first two until the work folder is there
+        self.path = self.new = self.out = out
         self.notes: list[str] = []
 
     def __enter__(self) -> "WorkFolder":
@@ -58,6 +59,21 @@ class WorkFolder:
         with contextlib.suppress(OSError):
             # a network file system may tell of an error here, when all is done
             self._lock.close()
+
+    def place_of(self, file: str) -> Path | None:
+        """Where a file of the output will be in the end, or the nearest folder that the user knows.
+
+        Args:
+            file: a path that an error names.
+
+        Returns: None for a file that has nothing to do with the output.
+        """
+        path = Path(file)
+        if path.is_relative_to(self.new):
+            return self.out / path.relative_to(self.new)
+        if path.is_relative_to(self.path):
+            return self.out
+        return path if path in self.out.parents else None
 
     def publish(self) -> None:
         """Give `new` the output's name, synced to the disk.

@@ -9,7 +9,7 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from cupytron.durable import sync
+from cupytron.durable import naming, sync
 
 from .dataset import FORMAT, Sidecar, read_blocks
 from .encoder import Encoder
@@ -47,7 +47,7 @@ def write_dataset(
     separator = tokenizer.separator if tokenizer else None
     report("encoding")
     train_path, val_path = folder / "train.bin", folder / "val.bin"
-    with open(train_path, "wb") as file:
+    with naming(train_path), open(train_path, "wb") as file:
         writer = _Writer(file, dtype, separator)
         encoder = Encoder(tokenizer, vocab_size)
         for first, ids in encoder.encode(sources):
@@ -62,7 +62,9 @@ def write_dataset(
         )
     _move_tail(train_path, val_path, num_train * np.dtype(dtype).itemsize)
     if tokenizer:
-        tokenizer.save(folder / "tokenizer.json")
+        file_of_tokenizer = folder / "tokenizer.json"
+        with naming(file_of_tokenizer):
+            tokenizer.save(file_of_tokenizer)
     report("counting")
     lengths = encoder.check.lengths if encoder.check else None
     sidecars = []
@@ -80,7 +82,8 @@ def write_dataset(
             sha256=sha256,
             sources=names,
         )
-        sidecar.write(path.with_suffix(".json"))
+        with naming(path.with_suffix(".json")):
+            sidecar.write(path.with_suffix(".json"))
         sidecars.append(sidecar)
     train, val = sidecars
     notes = encoder.notes() + _separator_notes(tokenizer, writer.documents)
@@ -146,12 +149,13 @@ class _Writer:
 
 def _move_tail(path: Path, tail_path: Path, size: int) -> None:
     """Cut a file to `size` bytes and write the rest to another."""
-    with open(path, "r+b") as file, open(tail_path, "wb") as tail:
+    with naming(path), open(path, "r+b") as file:
         file.seek(size)
-        shutil.copyfileobj(file, tail, BLOCK_BYTES)
+        with naming(tail_path), open(tail_path, "wb") as tail:
+            shutil.copyfileobj(file, tail, BLOCK_BYTES)
+            sync(tail)
         file.truncate(size)
-        for each in (file, tail):
-            sync(each)
+        sync(file)
 
 
 def _count(path: Path, dtype: str, lengths: np.ndarray | None) -> tuple[int, int | None, str]:

@@ -1,5 +1,8 @@
 """If `prepare` is stopped or killed, the output is the old data set or the new one, and nothing is left."""
 
+import builtins
+import errno
+import io
 import os
 import random
 import signal
@@ -7,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import runs
 
+from cupytron import durable
 from cupytron.cli import main
 from cupytron.data import DataError, open_dataset, prepare_dataset, work
 from cupytron.data.stopping import OrderlyStop, Stopped
@@ -127,7 +132,7 @@ def test_without_exchange_the_old_one_comes_back_where_the_new_one_fails(here, m
     monkeypatch.setattr(work, "exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", second_fails)
     if fails:
-        with pytest.raises(OSError, match="Input/output"):
+        with pytest.raises(DataError, match="out: Input/output"):
             prepare_dataset(["b.txt"], "out", overwrite=True)
     else:
         prepare_dataset(["b.txt"], "out", overwrite=True)
@@ -325,3 +330,60 @@ def test_killed_at_random_moments(here):
     print(ends)
     assert start("b").wait(120) == 0
     assert text() == "b" and names() == ["a.txt", "b.txt", "out"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "val.bin", "tokenizer.json", "train.json", "val.json"]
+)
+@pytest.mark.parametrize("call", ["open", "write"])
+def test_a_full_disk_is_told_with_the_file_and_the_way_on(here, monkeypatch, call, name):
+    def full_open(path, mode="r", *more, **options):
+        if not str(path).endswith(name) or "w" not in mode:
+            return real_open(path, mode, *more, **options)
+        if call == "open":
+            raise OSError(FULL.errno, FULL.strerror, str(path))
+        return real_open("/dev/full", mode, *more, **options)
+
+    real_open = open
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", full_open)
+    with pytest.raises(DataError) as info:
+        prepare_dataset(["b.txt"], "out", overwrite=True)
+    assert str(info.value) == (
+        f"{here}/out/{name}: No space left on device, while the data set was written; make room there, "
+        "and give the same command again"
+    )
+    assert text() == "a" and names() == ["a.txt", "b.txt", "out"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "place"),
+    [("above", "above"), (".new.*.tmp", "above/new"), ("lock", "above/new"), ("new", "above/new")],
+)
+def test_a_full_disk_is_told_before_there_is_a_file(here, monkeypatch, failing, place):
+    def failing_when_named(real):
+        def call(path, *more, **options):
+            if fnmatch(os.path.basename(path), failing):
+                raise OSError(FULL.errno, FULL.strerror, str(path))
+            return real(path, *more, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "mkdir", failing_when_named(os.mkdir))
+    monkeypatch.setattr(work, "open", failing_when_named(open), raising=False)
+    with pytest.raises(DataError, match="make room there, and give the same command again") as info:
+        prepare_dataset(["b.txt"], "above/new")
+    assert str(info.value).startswith(f"{here}/{place}: No space left on device")
+
+
+def test_a_source_that_cannot_be_read_is_named(here, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(durable, "open_file", lambda path: Broken())
+    with pytest.raises(DataError, match=r"b\.txt: cannot read: Input/output error"):
+        prepare_dataset(["b.txt"], "new")
