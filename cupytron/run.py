@@ -147,8 +147,10 @@ def _train(
     try:
         progress.phase("building the model")
         run = _Run(settings, folder, dataset, environment, shown, context, tracing, on_step)
+        if source:
+            run.choose(source)
         if world.rank == 0:
-            # not before the settings have proved good
+            # not before the settings and the weights to start from have proved good
             folder.path.mkdir(parents=True, exist_ok=True)
         world.barrier()
         with folder.lock() if world.rank == 0 else contextlib.nullcontext(), run.stop:
@@ -210,6 +212,17 @@ class _Run:
         self.saved: int | None = None  # the step of the newest save
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
+
+    def choose(self, source: Source) -> None:
+        """Find the weights that a new run starts from; a run that has begun needs none. Collective.
+
+        Raises:
+            ConfigError, CheckpointError: there are none, or they do not fit.
+        """
+        begun = bool(self.folder.steps()) or self.folder.saved.exists()
+        if not any(self.world.gather_objects(begun)):
+            self.note("looking for the weights to start from")
+            source.choose(self.trainer.model.config, self.dataset, self._warn, self.world)
 
     def start(self, source: Source | None, resume: bool) -> None:
         """Build or restore the state, and bring the folder in line with it.

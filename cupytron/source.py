@@ -1,20 +1,21 @@
 """A new run that starts from another run's weights: whether they fit, and taking them."""
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cupytron.checkpoint import Checkpoint
 from cupytron.comm import Communicator
 from cupytron.config import ModelConfig
 from cupytron.data import Dataset
-from cupytron.errors import ConfigError
+from cupytron.errors import ConfigError, GoneCheckpoint
 from cupytron.resume import check_tokenizer, model_differences
 from cupytron.run_folder import RunFolder
 from cupytron.together import together
 from cupytron.trainer import Trainer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """The run whose weights a new one starts from.
 
@@ -25,6 +26,32 @@ class Source:
 
     folder: RunFolder
     checkpoint: str = "best"
+    _chosen: Checkpoint | None = field(default=None, init=False)  # verified, and fits
+
+    def choose(
+        self,
+        model: ModelConfig,
+        dataset: Dataset,
+        warn: Callable[[str], None],
+        world: Communicator,
+    ) -> None:
+        """Verify the checkpoint that the weights will come from, and whether it fits. Collective.
+
+        Args:
+            model: the new run's, resolved.
+            dataset: the new run's.
+            warn: hears of damaged checkpoints that are passed over.
+
+        Raises:
+            ConfigError, CheckpointError: as take_weights.
+        """
+
+        def fits(found: Checkpoint) -> Checkpoint:
+            check_weights(found, model, dataset)
+            return found
+
+        folder = together(world, self.folder.require)
+        self._chosen = folder.reading(self._which(), warn, fits, world)
 
     def take_weights(
         self,
@@ -39,7 +66,6 @@ class Source:
             ConfigError: the weights are of another model or tokenizer; the same on every rank.
             CheckpointError: there is no such checkpoint, or it is damaged; the same on every rank.
         """
-        folder = together(world, self.folder.require)
 
         def take(found: Checkpoint) -> str:
             model = trainer.model.config
@@ -49,8 +75,13 @@ class Source:
             grown = f"; its context was {before} tokens, and is {model.context_length} now"
             return f"weights from {found.folder}{grown if before != model.context_length else ''}"
 
-        which = "best or last" if self.checkpoint == "best" else self.checkpoint
-        return folder.reading(which, warn, take, world)
+        if self._chosen is not None:
+            with contextlib.suppress(GoneCheckpoint):  # that run trains, and has removed it
+                return take(self._chosen)
+        return together(world, self.folder.require).reading(self._which(), warn, take, world)
+
+    def _which(self) -> str:
+        return "best or last" if self.checkpoint == "best" else self.checkpoint
 
 
 def check_weights(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> None:

@@ -1,6 +1,7 @@
 """A new run that starts from another run's weights: its model, which weights, and what does not fit."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -82,6 +83,37 @@ def test_any_checkpoint_can_be_the_source(base, tmp_path, which):
 def test_a_checkpoint_that_there_is_not_is_refused_with_those_that_there_are(base, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint '7'; choose best, last or one of 4,"):
         fine_tune(base, tmp_path / "tuned", init_checkpoint=7)
+
+
+def damaged(base, tmp_path):
+    shutil.copytree(base / "gpt", tmp_path / "damaged")
+    for file in (tmp_path / "damaged").glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    return {"run": tmp_path / "damaged"}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda *_: {"init_from": "no-such-run"}, "no-such-run: not a run's folder"),
+        (lambda *_: {"init_checkpoint": 7}, "no checkpoint '7'"),
+        (lambda *_: {"d_model": 64}, "does not fit"),
+        (damaged, "none of its checkpoints is whole"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_cannot_be_taken_leave_no_folder(base, tmp_path, what, message, ranks):
+    options = what(base, tmp_path)
+    settings = ["train.micro_batch=2", f"train.global_batch={2 * ranks}"]
+    settings += [f"model.d_model={width}"] if (width := options.pop("d_model", None)) else []
+    out = tmp_path / "above" / "tuned"
+
+    def body(world):
+        fine_tune(base, out, *settings, world=world, **options)
+
+    with pytest.raises(CupytronError, match=message):
+        run_ranks(ranks, body)
+    assert not out.parent.exists()
 
 
 def test_init_checkpoint_needs_init_from(base, tmp_path, capfd):
