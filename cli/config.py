@@ -65,11 +65,13 @@ def show(settings: Settings, as_json: bool, presets: bool, keys: bool) -> None:
 def validate(ctx: click.Context, files: tuple[str, ...], preset: str | None) -> None:
     """Check TOML files, and name everything that is wrong with each."""
     from cupytron.config import load_config
+    from cupytron.config_io import take_pipe
     from cupytron.errors import ConfigError
 
     failed = False
     for file in files:
         try:
+            take_pipe(file)
             load_config(preset, file)
         except ConfigError as error:
             failed = True

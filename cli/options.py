@@ -354,7 +354,13 @@ def _taken(parameters: dict[str, Any]) -> Settings:
         value = parameters.pop(_name(key))
         if value is not None:
             overrides.append(f"{key}={_spell(key, value)}")
-    return Settings(parameters.pop("preset"), parameters.pop("config"), overrides)
+    file = parameters.pop("config")
+    if file is not None:
+        from cupytron.config_io import take_pipe
+        from cupytron.launcher import launched_tasks
+
+        take_pipe(file, launched_tasks())
+    return Settings(parameters.pop("preset"), file, overrides)
 
 
 def _options(unused: Mapping[str, str], defaults: bool = True) -> list[Callable[..., Any]]:

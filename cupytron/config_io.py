@@ -2,6 +2,10 @@
 
 import difflib
 import json
+import os
+import select
+import stat
+import time
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +18,9 @@ from cupytron.printable import UNPRINTABLE
 PRESETS = Path(__file__).parent / "presets"
 MAX_BYTES = 1 << 16  # settings are a page; more than this is the wrong file
 MAX_LINE = 1 << 13  # bytes; tomllib needs minutes for a key of a hundred thousand parts
+PIPE_SECONDS = 10.0  # for a pipe to end
 SHOWN_CHARACTERS = 60
+_pipes: dict[str, bytes] = {}  # the text of each pipe that the command line has named
 
 
 def preset_names() -> list[str]:
@@ -38,6 +44,68 @@ def preset_path(name: str) -> Path:
     return PRESETS / f"{name}.toml"
 
 
+def take_pipe(path: str, ranks: int = 1) -> None:
+    """Read a pipe that the user has named as a file of settings; `read_toml` then finds its text.
+
+    A pipe can be read only once, and a file of a stranger's folder that is one may wait for ever. So
+    `read_toml` itself opens none. Nothing is done for what is no pipe.
+
+    Args:
+        path: what the user has named.
+        ranks: processes that were given the same path.
+
+    Raises:
+        ConfigError: it did not end within PIPE_SECONDS, cannot be read, or several ranks would share it.
+    """
+    shown = show_text(path, cut=False)
+    try:
+        if path in _pipes or not stat.S_ISFIFO(os.stat(path).st_mode):
+            return
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return  # read_toml will say what is wrong
+    if ranks > 1:
+        raise ConfigError(
+            f"{shown}: is a pipe, which only one of the {ranks} ranks could read; give a TOML file"
+        )
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            _pipes[path] = _read_pipe(descriptor)
+        finally:
+            os.close(descriptor)
+    except TimeoutError:
+        raise ConfigError(
+            f"{shown}: is a pipe that did not end within {PIPE_SECONDS:g} seconds; give a TOML file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read: {error.strerror}") from None
+
+
+def _read_pipe(descriptor: int) -> bytes:
+    """All bytes of a pipe, but no more than show that they are too many.
+
+    Raises:
+        TimeoutError: it has not ended.
+    """
+    until, data, waits = time.monotonic() + PIPE_SECONDS, b"", True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while len(data) <= MAX_BYTES:
+        # not after data: if the writer had left before the pipe was opened here, its end is no event
+        if waits and not poll.poll(1000 * max(0.0, until - time.monotonic())):
+            raise TimeoutError
+        try:
+            block = os.read(descriptor, MAX_BYTES + 1 - len(data))
+        except BlockingIOError:
+            waits = True
+            continue
+        if not block:
+            break
+        data, waits = data + block, False
+    return data
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file.
 
@@ -46,8 +114,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     shown = show_text(str(path), cut=False)
     try:
-        with open_file(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = _pipes.get(str(path))
+        if data is None:
+            with open_file(path) as file:
+                data = file.read(MAX_BYTES + 1)
     except NotAFile:
         what = "a folder" if Path(path).is_dir() else "a pipe or a device"
         raise ConfigError(f"{shown}: is {what}; give a TOML file") from None

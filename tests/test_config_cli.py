@@ -1,18 +1,22 @@
 """`cupytron config`, and the options that set a run's settings."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
 
+from cupytron import config_io
 from cupytron.cli.config import resolve
 from cupytron.cli.main import _run
 from cupytron.cli.options import FLAGS, SWITCHES, Settings, settings_options
 from cupytron.config import RunConfig, load_config, resolve_model
 from cupytron.config_io import preset_names
 from cupytron.config_reader import keys_of
+from cupytron.errors import ConfigError
 
 
 def parse(*arguments: str) -> Settings:
@@ -159,3 +163,67 @@ def test_usage_errors_exit_with_2(capsys):
     assert _run(["config", "validate"]) == 2
     assert _run(["config", "show", "--nonsense"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def pipes(monkeypatch):
+    monkeypatch.setattr(config_io, "_pipes", {})
+
+
+def shell(line):
+    program = Path(sys.executable).with_name("cupytron")
+    return subprocess.run(
+        ["bash", "-c", line.replace("cupytron", str(program))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_pipe_that_the_user_names_is_read(tmp_path):
+    """Twice, where a command reads its settings twice."""
+    content = "printf '[train]\\nmax_steps = 7\\n'"
+    done = shell(f"cupytron config show --config <({content}; sleep 0.3)")
+    assert done.returncode == 0 and "max_steps = 7" in done.stdout, done.stderr
+    done = shell(f"cupytron config validate <({content}) <(echo oops)")
+    assert done.returncode == 2
+    assert ": ok" in done.stdout and "is not valid TOML" in done.stderr
+    model = "printf '[model]\\nnum_heads = 3\\nd_model = 12\\n'"
+    done = shell(f"{model} | cupytron verify --config /dev/stdin --tp 2")
+    assert done.returncode == 2 and "num_heads=3" in done.stderr
+
+
+def test_a_pipe_is_no_settings_of_several_ranks(pipes, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="only one of the 2 ranks could read"):
+        config_io.take_pipe(str(tmp_path / "pipe"), 2)
+
+
+@pytest.mark.parametrize("writer", ["none", "idle", "left", "endless"])
+def test_a_pipe_that_does_not_end_is_told(pipes, tmp_path, monkeypatch, writer):
+    monkeypatch.setattr(config_io, "PIPE_SECONDS", 0.3)
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    ends = []
+    if writer != "none":
+        ends.append(os.open(path, os.O_RDWR | os.O_NONBLOCK))
+    if writer == "idle":
+        os.write(ends[0], b"[train]\n")
+    if writer == "left":  # before the pipe is opened for reading again
+        os.write(ends[0], b"[train]\nmax_steps = 7\n")
+        ends.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        os.close(ends.pop(0))
+        config_io.take_pipe(path)
+        config_io.take_pipe(path)
+        assert load_config(file=path).train.max_steps == 7
+    elif writer == "endless":
+        monkeypatch.setattr(config_io, "MAX_BYTES", 1000)
+        os.write(ends[0], b"#" * 2000)
+        config_io.take_pipe(path)
+        with pytest.raises(ConfigError, match="is larger than 1 MiB"):
+            load_config(file=path)
+    else:
+        with pytest.raises(ConfigError, match=r"is a pipe that did not end within 0\.3 seconds"):
+            config_io.take_pipe(path)
+    for end in ends:
+        os.close(end)
