@@ -1,6 +1,7 @@
 """Which launcher belongs to which MPI library, and the words that say so."""
 
 import os
+import re
 
 _SRUN = "srun --mpi=pmi2 for MPICH, srun --mpi=pmix for Open MPI"
 
@@ -33,6 +34,19 @@ def is_pmix_without_support(library: str) -> bool:
     return (
         is_mpich and "PMIX_RANK" in os.environ and not speaks_pmi and "pmix" not in library.lower()
     )
+
+
+def takes_plugins_of_open_mpi_5(library: str) -> bool:
+    """Whether the launcher, Open MPI 5 or later, points an older library to its own plugins.
+
+    Then MPI_Init aborts, since there are none of the library's version. Launchers that are not told where
+    they are installed leave OPAL_PREFIX alone; then MPI_Init makes each process a world of its own.
+
+    Args:
+        library: what MPI.Get_library_version() says.
+    """
+    launcher, own = os.environ.get("OMPI_VERSION", ""), re.match(r"Open MPI v([0-4])\.", library)
+    return own is not None and bool(launcher) and "OPAL_PREFIX" in os.environ
 
 
 def lone_process_in_allocation() -> str | None:

@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 from cupytron import progress
 from cupytron.errors import WrongLauncher
-from cupytron.launch_advice import is_pmix_without_support, remedy
+from cupytron.launch_advice import (
+    is_pmix_without_support,
+    remedy,
+    takes_plugins_of_open_mpi_5,
+)
 from cupytron.versions import host
 
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "prte", "srun", "hydra")
@@ -169,6 +173,11 @@ def begin_mpi() -> Any:
     if is_pmix_without_support(version):
         raise WrongLauncher(
             f"a launcher started {tasks} processes by PMIx, which {library} does not speak; {remedy(ours)}"
+        )
+    if takes_plugins_of_open_mpi_5(version):
+        raise WrongLauncher(
+            f"a launcher of Open MPI {os.environ['OMPI_VERSION']} started {tasks} processes, and mpi4py "
+            f"has loaded {library}; {remedy(ours)}"
         )
     # its launchers leave marks; on anybody else's, beginning with MPI may end the process
     belongs = ours if under_open_mpi() else not ours or not _said("PMI_SIZE")

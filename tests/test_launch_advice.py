@@ -1,9 +1,12 @@
 """A launcher that does not fit the MPI library, and a plain start where Slurm has given several tasks."""
 
 import pickle
+import subprocess
+from pathlib import Path
 
 import pytest
-from runs import ENVIRONMENT, TINY, make_data
+from launchers import OPENMPI, launch
+from runs import ENVIRONMENT, TINY, cupytron, make_data
 
 from cupytron import launch_advice, launcher, mesh_run
 from cupytron.comm import ParallelContext, SelfCommunicator, run_ranks
@@ -48,6 +51,52 @@ def test_mpich_under_pmix_alone_is_known_before_it_aborts(monkeypatch, library, 
     for name in variables:
         monkeypatch.setenv(name, "0")
     assert launch_advice.is_pmix_without_support(library) == refused
+
+
+@pytest.mark.parametrize(
+    ("library", "variables", "refused"),
+    [
+        ("Open MPI v4.1.4, package: Debian", {"OMPI_VERSION": "5.0.11", "OPAL_PREFIX": "/x"}, True),
+        ("Open MPI v4.1.4, package: Debian", {"OMPI_VERSION": "5.0.11"}, False),
+        ("Open MPI v4.1.4, package: Debian", {"OPAL_PREFIX": "/x"}, False),
+        ("Open MPI v5.0.11, package: x", {"OMPI_VERSION": "5.0.11", "OPAL_PREFIX": "/x"}, False),
+        (MPICH, {"OMPI_VERSION": "5.0.11", "OPAL_PREFIX": "/x"}, False),
+    ],
+)
+def test_an_old_open_mpi_under_a_new_launcher_is_known_before_it_aborts(
+    monkeypatch, library, variables, refused
+):
+    for name in ("OMPI_VERSION", "OPAL_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch_advice.takes_plugins_of_open_mpi_5(library) == refused
+
+
+OLD_LIBRARY = Path("/usr/lib/x86_64-linux-gnu/libmpi.so.40")
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "words"),
+    [
+        ("openmpi", None, "by PMIx, which MPICH"),
+        ("mpich", OPENMPI / "lib" / "libmpi.so.40", "MPI knows 1: mpi4py has loaded Open MPI"),
+        ("openmpi", OLD_LIBRARY, "launcher of Open MPI 5"),
+    ],
+)
+def test_a_launcher_of_another_library_is_told_once(name, library, words):
+    if library and not library.exists():
+        pytest.skip(f"{library} is not installed")
+    if library == OLD_LIBRARY and "libmpi.so.40.3" not in str(library.resolve()):
+        pytest.skip(f"{library} is not of Open MPI 4")
+    arguments, env = launch(name, 2, [cupytron(), "bench", "--tp", "2", "--steps", "1"])
+    env.pop("MPI4PY_LIBMPI", None)
+    if library:
+        env["MPI4PY_LIBMPI"] = str(library)
+    done = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and said.count("error:") == 1 and words in said, said
+    assert "own mpirun, or name the launcher's library in MPI4PY_LIBMPI" in said
 
 
 @pytest.mark.parametrize(
