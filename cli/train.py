@@ -12,7 +12,9 @@ from cupytron.launcher import launched_tasks
     cls=Command,
     examples=[
         "cupytron train --preset demo --data DIR --out runs/new",
-        "cupytron train --out runs/new --max-steps 1600                # goes on where it stopped",
+        "cupytron train --out runs/new                  # goes on where it stopped",
+        # a longer run would stretch the schedule of the learning rate
+        "cupytron train --out runs/new --max-steps 1600 --set optim.decay_steps=800",
         "cupytron train --data DIR --init-from runs/new --out runs/fine-tuned",
         "mpirun -n 4 cupytron train --preset demo --data DIR --out runs/mesh --tp 2 --zero 1",
         "cupytron train --config settings.toml --set optim.schedule=constant --out runs/new",

@@ -241,3 +241,12 @@ def test_a_tilde_in_settings_is_a_home_folder(monkeypatch, tmp_path):
     (tmp_path / "settings.toml").write_text('[data]\npath = "~/data"\n')
     for how in ({"file": tmp_path / "settings.toml"}, {"overrides": ["data.path=~/data"]}):
         assert load_config(**how).data.path == str(tmp_path / "data")
+
+
+def test_no_example_stretches_a_schedule():
+    """Longer runs keep the decay that was meant, or say another one."""
+    for path, command in COMMANDS.items():
+        longer = [
+            line for line in command.examples if "--max-steps" in line and "--preset" not in line
+        ]
+        assert all("optim.decay_steps=" in line for line in longer), path
