@@ -16,7 +16,7 @@ def command() -> None:
 def ls(run: str) -> None:
     """List the checkpoints: step, size, validation loss."""
     from cupytron.errors import CheckpointError
-    from cupytron.run_checkpoints import by_loss
+    from cupytron.run_checkpoints import by_loss, eval_tokens
     from cupytron.run_folder import RunFolder
 
     seen = dict(RunFolder(run).require().survey(lambda found: found))
@@ -29,7 +29,9 @@ def ls(run: str) -> None:
             continue
         size = sum(size for size, _ in found.files.values()) / 1e6
         loss = found.about.get("val_loss")
-        note = f"  validation loss {loss:.4f}" if loss is not None else ""
+        limit = eval_tokens(found)
+        over = "" if limit is None else f" (train.eval_tokens={limit})"
+        note = f"  validation loss {loss:.4f}{over}" if loss is not None else ""
         say(f"{step:>8}  {size:,.1f} MB{note}{'  best' if found in best else ''}")
 
 

@@ -206,12 +206,33 @@ def _sample(run: RunFolder, generate: bool, notes: list[str]) -> Sample | None:
 # figures
 
 
+def validation_losses(report: Report) -> list[tuple[str, list[Point]]]:
+    """Validation losses, by the tokens that they are over: others cannot be compared. The newest come last.
+
+    Returns: (" over the first 100 tokens" or such, or "" where a run never limited it; points).
+    """
+    tokens = dict(report.curve("val_tokens"))
+    found: dict[float | None, list[Point]] = {}
+    for step, loss in report.curve("val_loss"):
+        kind = tokens.get(step)
+        # taken out and put in again, so that the newest stands last
+        found[kind] = [*found.pop(kind, []), (step, loss)]
+    train = report.settings.get("train")
+    limited = isinstance(train, Mapping) and train.get("eval_tokens") is not None
+    told = limited or len(found) > 1
+    return [
+        (f" over the first {kind:,.0f} tokens" if told and kind is not None else "", points)
+        for kind, points in found.items()
+    ]
+
+
 def key_figures(report: Report) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the few numbers that a reader looks for first."""
     figures = []
-    if val := report.curve("val_loss"):
-        step, best = min(val, key=lambda p: p[1])
-        figures.append(("Best validation loss", f"{best:.4f}", f"at step {step:,.0f}"))
+    if validation := validation_losses(report):
+        over, points = validation[-1]
+        step, best = min(points, key=lambda p: p[1])
+        figures.append(("Best validation loss", f"{best:.4f}", f"at step {step:,.0f}{over}"))
         if best < 50:
             figures.append(("Perplexity", f"{math.exp(best):,.2f}", "at that step"))
     if loss := report.curve("loss"):
@@ -288,10 +309,10 @@ def _small(report: Report, key: str) -> list[chart.Series]:
 
 
 def _body(report: Report) -> Iterable[str]:
-    loss, val = report.curve("loss"), report.curve("val_loss")
-    lines = [
-        *recorded(loss, "training"),
-        chart.Series("validation", val, "val", marks=True),
+    lines = recorded(report.curve("loss"), "training")
+    lines += [
+        chart.Series(f"validation{over}", points, "val", marks=True)
+        for over, points in validation_losses(report) or [("", [])]
     ]
     yield report_page.figure("Loss", lines, "loss")
     yield report_page.row(
@@ -399,8 +420,9 @@ def write_png(report: Report, out: str | Path) -> None:
             axes.plot(
                 *smoothed, color="#2a6fb0", label="training", marker="." if len(loss) == 1 else ""
             )
-        if val:
-            axes.plot(*zip(*val, strict=True), color="#b8500f", label="validation", marker=".")
+        for over, points in validation_losses(report):
+            label = f"validation{over}"
+            axes.plot(*zip(*points, strict=True), color="#b8500f", label=label, marker=".")
         axes.set(xlabel="step", ylabel="loss")
         # a folder may be called $a$, which is no formula
         axes.set_title(printable(report.title), parse_math=False)

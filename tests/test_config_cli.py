@@ -220,7 +220,7 @@ def test_a_pipe_that_does_not_end_is_told(pipes, tmp_path, monkeypatch, writer):
         monkeypatch.setattr(config_io, "MAX_BYTES", 1000)
         os.write(ends[0], b"#" * 2000)
         config_io.take_pipe(path)
-        with pytest.raises(ConfigError, match="is larger than 1 MiB"):
+        with pytest.raises(ConfigError, match="is larger than 64 KiB"):
             load_config(file=path)
     else:
         with pytest.raises(ConfigError, match=r"is a pipe that did not end within 0\.3 seconds"):
