@@ -33,6 +33,8 @@ def fail(kind: str) -> None:
         raise MemoryError("made to fail")
     if kind == "KeyboardInterrupt":
         raise KeyboardInterrupt
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "asleep":

@@ -104,6 +104,26 @@ def test_leaving_without_an_error_is_no_success(tmp_path, data, kind, code, word
 
 
 @pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("mpich", 9, r"PID \d+ RUNNING AT \S+\s.*EXIT CODE: 9\s.*Killed \(signal 9\)"),
+        (
+            "openmpi",
+            137,
+            r"process rank 1 with PID \d+ on node \S+ exited on\s+signal 9 \(Killed\)",
+        ),
+    ],
+)
+def test_of_a_killed_rank_the_launcher_says_the_words_of_the_manual(
+    tmp_path, data, name, code, words
+):
+    """It ends the other ranks before they could say anything (docs/survival.md)."""
+    job = Job(tmp_path, data, name, ("killed", "step", 1))
+    assert job.code == code and re.search(words, job.output, re.DOTALL), job.output
+    assert job.seconds < 10 and not job.messages
+
+
+@pytest.mark.parametrize(
     ("name", "rank"), list(itertools.product(NAMES, (0, 1))) if ALL else [(n, 1) for n in NAMES]
 )
 def test_a_wrong_option_on_one_rank_ends_the_others(tmp_path, data, name, rank):
