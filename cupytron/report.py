@@ -6,7 +6,6 @@ import json
 import math
 import os
 import statistics
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,8 +14,9 @@ from typing import Any
 
 from cupytron import chart, report_page
 from cupytron.chart import Point
+from cupytron.config_io import read_toml
 from cupytron.durable import open_file, replacing
-from cupytron.errors import CupytronError
+from cupytron.errors import ConfigError, CupytronError
 from cupytron.printable import printable
 from cupytron.run_folder import RunFolder
 
@@ -125,8 +125,8 @@ def read_records(run: RunFolder) -> Report:
             f"{lost:,} {'loss was' if lost == 1 else 'losses were'} not finite and left out."
         )
     try:
-        report.settings = tomllib.loads(_text(run.config))
-    except (ValueError, OSError, RecursionError):  # of tomllib and of decoding
+        report.settings = read_toml(run.config)
+    except ConfigError:
         report.notes.append("config.toml could not be read.")
     try:
         environment = json.loads(_text(run.environment))

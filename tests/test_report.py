@@ -280,10 +280,17 @@ def test_losses_that_are_not_finite_are_counted_as_metrics_writes_them(tmp_path)
 
 def test_long_settings_and_odd_names(tmp_path):
     folder = write_metrics(tmp_path / "<b>&\x1b[31m", line(step=1, loss=2.0))
-    (folder / "config.toml").write_text(f'[data]\npath = "{"x" * 100_000}"\n["<i>"]\n"<u>" = "&"')
+    (folder / "config.toml").write_text(f'[data]\npath = "{"x" * 8_000}"\n["<i>"]\n"<u>" = "&"')
     page = written(folder, sample=False)
     assert "\x1b" not in page
     assert not re.search("<[biu]>", page) and "&lt;b&gt;&amp;" in page and "&lt;u&gt;" in page
+
+
+@pytest.mark.timeout(60)
+def test_settings_that_no_run_writes_are_left_out(tmp_path):
+    folder = write_metrics(tmp_path / "run", line(step=1, loss=2.0))
+    (folder / "config.toml").write_text("a" + ".a" * 100_000 + " = 1\n")  # minutes for tomllib
+    assert "config.toml could not be read." in written(folder, sample=False)
 
 
 @pytest.mark.slow
