@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cupytron.cli.help import Command, Folder, option
+from cupytron.cli.help import Command, Folder, NewFile, option, picture_option
 from cupytron.cli.say import say
 from cupytron.printable import printable
 
@@ -22,18 +22,13 @@ _WIDEST = 40  # characters of a value in the terminal; the page has all of them
 @click.argument("runs", type=Folder(), metavar="RUN RUN...", nargs=-1, required=True)
 @option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     default=Path("compare.html"),
     show_default=True,
     metavar="FILE",
     help="HTML file to write.",
 )
-@option(
-    "--png",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Also draw the loss curves here (needs the plot extra).",
-)
+@picture_option
 def command(runs: tuple[str, ...], out: Path, png: Path | None) -> None:
     """Compare runs: curves over each other, figures, and the settings in which they differ."""
     from cupytron import compare, report

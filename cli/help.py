@@ -104,6 +104,12 @@ class NewFile(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
+def picture_option(function: Any) -> Any:
+    """`--png` of a command that draws loss curves; its parameter is `png`."""
+    text = "Also draw the loss curves here (needs the plot extra)."
+    return option("--png", type=NewFile(), metavar="FILE", help=text)(function)
+
+
 class Folder(PathText):
     """A folder's path, which is completed as one."""
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cupytron.cli.help import Command, Folder, NewFile, option
+from cupytron.cli.help import Command, Folder, NewFile, option, picture_option
 from cupytron.cli.say import say, say_page
 
 
@@ -22,12 +22,7 @@ from cupytron.cli.say import say, say_page
     metavar="FILE",
     help="HTML file to write.  [default: RUN/report.html]",
 )
-@option(
-    "--png",
-    type=NewFile(),
-    metavar="FILE",
-    help="Also draw the loss curves here (needs the plot extra).",
-)
+@picture_option
 @option("--text", is_flag=True, help="Also draw the loss curves here, in the terminal.")
 @option(
     "--sample/--no-sample",
