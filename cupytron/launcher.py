@@ -140,12 +140,10 @@ def _said(*names: str) -> int | None:
     return next((int(value) for value in values if value.isdecimal()), None)
 
 
-_begun = False  # whether begin_mpi has come to its end in this process
-
-
 def mpi_has_begun() -> bool:
-    """Whether this process has joined its job's other ranks."""
-    return _begun
+    """Whether MPI runs in this process: it has begun, and has not ended."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    return MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized()
 
 
 def begin_mpi() -> Any:
@@ -190,8 +188,6 @@ def begin_mpi() -> Any:
             f"a launcher started {tasks} processes, and MPI knows {known}: mpi4py has loaded "
             f"{library}, which this launcher does not belong to; {remedy(ours)}"
         )
-    global _begun
-    _begun = True
     return MPI
 
 
@@ -204,9 +200,10 @@ def end_mpi(all_here: Callable[[], None]) -> None:
     Args:
         all_here: called once all ranks have come to this place.
     """
-    MPI = sys.modules.get("mpi4py.MPI")
-    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
+    if not mpi_has_begun():
         return
+    from mpi4py import MPI
+
     with progress.waiting("MPI_Finalize"):
         MPI.COMM_WORLD.Barrier()
         all_here()
