@@ -4,10 +4,11 @@ OpenBLAS takes the name in OPENBLAS_CORETYPE at its word. With a kernel of anoth
 process ends by SIGILL, which says nothing to a user.
 """
 
+import functools
 import os
 import platform
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Set
 from pathlib import Path
 
 _AVX2 = {"avx2", "fma"}
@@ -34,18 +35,21 @@ NEEDS: dict[str, set[str]] = {
 _SHOWN = ("Prescott", "Nehalem", "Sandybridge", "Haswell", "Zen", "SkylakeX", "Cooperlake")
 
 
-def flags() -> set[str]:
+@functools.cache
+def flags() -> frozenset[str]:
     """What this processor can do, in the words of /proc/cpuinfo; empty where that is not told."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
+        return frozenset()
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        return frozenset()
+    return next(
+        (frozenset(line.split()) for line in lines if line.startswith("flags")), frozenset()
+    )
 
 
-def missing(kernel: str, there: set[str]) -> list[str]:
+def missing(kernel: str, there: Set[str]) -> list[str]:
     """Flags that a kernel needs and a processor lacks; none for a kernel or a processor that is not known.
 
     Args:
@@ -54,12 +58,12 @@ def missing(kernel: str, there: set[str]) -> list[str]:
     return sorted(NEEDS.get(kernel.lower(), set()) - there) if there else []
 
 
-def fitting(there: set[str]) -> list[str]:
+def fitting(there: Set[str]) -> list[str]:
     """Kernels of NumPy's OpenBLAS that a processor with these flags can run."""
     return [name for name in _SHOWN if not missing(name, there)]
 
 
-def drop_unfit(environment: MutableMapping[str, str], there: set[str]) -> str | None:
+def drop_unfit(environment: MutableMapping[str, str], there: Set[str]) -> str | None:
     """Remove OPENBLAS_CORETYPE if this processor cannot run that kernel; returns a line about it.
 
     Args:
