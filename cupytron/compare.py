@@ -19,7 +19,7 @@ from cupytron.sealed import step_folder
 from cupytron.sealed_schema import check_types
 
 MOST_RUNS = 8  # no more lines can be told apart
-_DASHES: tuple[Any, ...] = ("solid", (0, (7, 3)), (0, (2, 2)), (0, (9, 2, 2, 2)))
+_DASHES = ((), (7, 3), (2, 3), (9, 3, 2, 3))  # lengths of a line's parts and gaps
 # (on white paper, on dark paper): told apart by readers who do not see red, green or blue well
 _COLOURS = (
     ("#0072b2", "#6cb8f0"),
@@ -272,9 +272,8 @@ def write_html(found: Comparison, out: str | Path) -> None:
     report_page.write(report_page.page(title, subtitle, [], found.notes, body, _style()), out)
 
 
-_MOST_NAMES = (
-    4  # above a chart; of more runs the letters stand there, since the page begins with a list
-)
+# above a chart; of more runs the letters stand there, since the page begins with a list
+_MOST_NAMES = 4
 _SMOOTHED = "Each line is a mean over about a twentieth of its records."
 
 
@@ -317,7 +316,7 @@ _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 def _style() -> str:
     """Each run's colour, on light and on dark paper, and its kind of line."""
-    dashes = ("none", "7 3", "2 3", "9 3 2 3")
+    dashes = [" ".join(map(str, lengths)) or "none" for lengths in _DASHES]
 
     def rules(dark: int) -> str:
         return "".join(
@@ -340,15 +339,15 @@ def write_png(found: Comparison, out: str | Path) -> None:
 
         axes = figure.subplots(1, 2)
         styles = [
-            {"color": _COLOURS[i][0], "linestyle": _DASHES[i % len(_DASHES)]}
+            {"color": _COLOURS[i][0], "dashes": _DASHES[i % len(_DASHES)]}
             for i in range(len(found.runs))
         ]
         for key, title, place in zip(
             ("val_loss", "loss"), ("validation loss", "training loss, smoothed"), axes, strict=True
         ):
-            curves = [chart.smooth(run.report.curve(key)) for run in found.runs]
-            if key == "val_loss":
-                curves = [run.report.curve(key) for run in found.runs]
+            curves = [run.report.curve(key) for run in found.runs]
+            if key == "loss":
+                curves = [chart.smooth(points) for points in curves]
             for points, style in zip(curves, styles, strict=True):
                 if points:
                     marker = "." if key == "val_loss" or len(points) == 1 else ""

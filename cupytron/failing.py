@@ -63,9 +63,8 @@ def end_job(error: BaseException, message: str, code: int, show_traceback: bool)
         show_traceback: print the error's traceback, too.
     """
     if isinstance(error, WrongLauncher) and local_rank() > 0:
-        abort(
-            code, START
-        )  # the first rank of each machine says it, since MPI connects none of them
+        # the first rank of each machine says it, since MPI connects none of them
+        abort(code, START)
     if rank := launched_rank():
         # all ranks may have met the same error: the first ends the job, and is the only one that speaks;
         # it can do so only once all have begun with MPI

@@ -91,7 +91,7 @@ def check_tokens(
     """
 
     def check() -> None:
-        begun = bool(folder.steps()) or folder.saved.exists()
+        begun = bool(folder.steps()) or folder.has_saved()
         run = folder if begun or source is None else source.require()
         seen = (run.see(step) for step in reversed(run.steps()))
         found = next((each for each in seen if isinstance(each, Checkpoint)), None)
@@ -262,8 +262,9 @@ def prepare_folder(
 
 
 def _holds(path: Path, content: str) -> bool:
+    wanted = content.encode()
     try:
         with open_file(path) as file:
-            return file.read(len(content.encode()) + 1) == content.encode()
+            return file.read(len(wanted) + 1) == wanted
     except (FileNotFoundError, NotAFile):
         return False
