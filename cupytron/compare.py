@@ -338,7 +338,7 @@ def write_png(found: Comparison, out: str | Path) -> None:
         from matplotlib.lines import Line2D
 
         axes = figure.subplots(1, 2)
-        styles = [
+        styles: list[dict[str, Any]] = [
             {"color": _COLOURS[i][0], "dashes": _DASHES[i % len(_DASHES)]}
             for i in range(len(found.runs))
         ]
