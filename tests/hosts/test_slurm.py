@@ -62,9 +62,10 @@ def until_said(cluster, job, output, text, seconds=60):
 
 
 def start_again(cluster, job):
-    """Let a requeued job begin now: Slurm itself leaves two minutes in between."""
+    """Let a requeued job begin soon: Slurm itself leaves two minutes in between."""
     cluster.wait(job, ["PENDING"])
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    # slurmd refuses a job's credential of the second in which it was requeued
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
 
 
 def digest(out):
