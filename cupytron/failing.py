@@ -13,15 +13,17 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from cupytron import progress
+from cupytron import launcher_guard, progress
 from cupytron.errors import WrongLauncher
 from cupytron.launcher import (
     begin_mpi,
     launched_rank,
     launched_tasks,
+    launcher_pid,
     local_rank,
     local_ranks,
     named,
+    under_open_mpi,
 )
 from cupytron.printable import printable
 
@@ -47,6 +49,9 @@ def abort(code: int, patience: int = PATIENCE) -> NoReturn:
         # while MPI begins or ends it takes no calls, and a process that ends there ends the job; MPICH's
         # launcher may end at once, too, so it first gets more time to pass on the output
         if progress.waits_for() in progress.MPI_ITSELF:
+            if under_open_mpi() and (launcher := launcher_pid()):
+                with contextlib.suppress(OSError):
+                    launcher_guard.leave(launcher)
             time.sleep(2 * _HEARD)
         else:
             with contextlib.suppress(BaseException):

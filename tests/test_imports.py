@@ -18,6 +18,7 @@ LAYERS = [
     {"errors", "chart", "progress", "durable", "reading", "printable", "terminal", "blas_kernels"},
     {
         "launcher",
+        "launcher_guard",
         "launch_advice",
         "failing",
         "process",
