@@ -1,7 +1,7 @@
-"""Data parallelism: each replica has all weights, and runs its share of the micro-batches.
+"""Data parallelism: each replica has all weights, and runs its share of the four micro-batches.
 
-All four: python examples/data_parallel.py; two each: mpirun -n 2 python examples/data_parallel.py
-The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
+One process: python examples/data_parallel.py. Two: mpirun -n 2 python examples/data_parallel.py
+The same numbers do not prove that a backward is right. python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch
@@ -12,7 +12,7 @@ from cupytron.comm import SelfCommunicator
 
 def train(world, steps=60):
     context, model = ParallelContext(dp=world.size, world=world), OwnModel()
-    zero = Zero(model, context, deterministic=True)  # adds up in one order on any mesh
+    zero = Zero(model, context, deterministic=True)  # it sums in the same order on any mesh
     optimizer = AdamW()
     zero.materialize(seed=1, dtype="float64", state=optimizer.STATE)
     losses = []
@@ -26,7 +26,7 @@ def train(world, steps=60):
 
 
 if __name__ == "__main__":
-    with open_world() as world:  # if one rank fails, all end
+    with open_world() as world:  # if one rank fails, all of them end
         losses, alone = train(world), train(SelfCommunicator())
         if world.rank == 0:
             print("\n".join(f"step {i:2}  loss {losses[i]:.8f}" for i in (0, 20, 40, 59)))

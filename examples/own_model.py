@@ -14,7 +14,7 @@ TEXT = "she sells sea shells by the sea shore; the shells she sells are sea shel
 LETTERS = sorted(set(TEXT))
 IDS = np.array([LETTERS.index(letter) for letter in TEXT])
 SEQUENCES, LENGTH = 8, 32
-TARGETS = SEQUENCES * LENGTH  # of a step: the loss is their mean, wherever they are
+TARGETS = SEQUENCES * LENGTH  # of a step; the loss is the mean over all of them, on any mesh
 
 
 def batch(step):
@@ -46,7 +46,7 @@ class Relu(Layer):
     per_token = True
 
     def forward(self, x, stash):
-        y, saved = ops.relu(x.copy())  # the function overwrites what it is given
+        y, saved = ops.relu(x.copy())  # ops.relu overwrites its argument
         stash.push(self, saved)
         return y
 
@@ -58,7 +58,7 @@ class Relu(Layer):
 class OwnModel(Chain):
     """ids (T,) -> embedding -> memory -> up -> relu -> down -> norm -> head -> logits (T, V)."""
 
-    # what parallelize may cut
+    # the layers that parallelize may cut
     tensor_plan = {"column": ["up"], "row": ["down"], "vocabulary": ["embedding", "head"]}
 
     def __init__(self, width=32):

@@ -1,7 +1,7 @@
-"""Tensor parallelism: `up` is cut by columns, `down` by rows, both tables by letters.
+"""Tensor parallelism: `up` is cut by columns, `down` by rows, and both tables by letters.
 
-Whole: python examples/tensor_parallel.py; halves: mpirun -n 2 python examples/tensor_parallel.py
-The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
+One process: python examples/tensor_parallel.py. Two: mpirun -n 2 python examples/tensor_parallel.py
+The same numbers do not prove that a backward is right. python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch
@@ -15,7 +15,7 @@ def train(world, steps=60):
     context = ParallelContext(tp=world.size, world=world)
     model = OwnModel()
     parallelize(model, context, column=["up"], row=["down"], vocabulary=["embedding", "head"])
-    model.materialize(seed=1, dtype="float64")  # each rank its part of the same weights
+    model.materialize(seed=1, dtype="float64")  # each rank makes its part of the same weights
     losses = []
     for step in range(steps):
         ids, targets = batch(step)  # all ranks work on the same tokens
@@ -30,7 +30,7 @@ def train(world, steps=60):
 
 
 if __name__ == "__main__":
-    with open_world() as world:  # if one rank fails, all end
+    with open_world() as world:  # if one rank fails, all of them end
         (losses, shapes), (alone, whole) = train(world), train(SelfCommunicator())
         error = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
         if world.rank == 0:

@@ -1,7 +1,7 @@
-"""ZeRO: optimizer state (1), gradients (2), weights (3) are shared out; the losses stay.
+"""ZeRO divides optimizer state (1), gradients (2) and weights (3) among the ranks. Losses stay the same.
 
-Alone: python examples/zero.py; two share: mpirun -n 2 python examples/zero.py
-The same numbers do not prove that a backward is right; python examples/own_model.py checks that.
+One process: python examples/zero.py. Two processes: mpirun -n 2 python examples/zero.py
+The same numbers do not prove that a backward is right. python examples/own_model.py checks that.
 """
 
 from own_model import TARGETS, OwnModel, batch
@@ -18,14 +18,13 @@ def train(world, stage, steps=60):
     for step in range(steps):
         work = cut(*batch(step), micro_batch=2, step=step)[world.rank :: world.size]
         losses.append(zero.compute_gradients(work, scale=1 / TARGETS))
-        zero.update(
-            optimizer, lr=0.01, step=step
-        )  # of the own share; the others get the new weights
+        # each rank updates its share, and gets the new weights of the other shares
+        zero.update(optimizer, lr=0.01, step=step)
     return losses, zero.persistent_bytes
 
 
 if __name__ == "__main__":
-    with open_world() as world:  # if one rank fails, all end
+    with open_world() as world:  # if one rank fails, all of them end
         alone, _ = train(SelfCommunicator(), stage=0)
         for stage in range(4):
             losses, held = train(world, stage)

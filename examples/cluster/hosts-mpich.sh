@@ -1,8 +1,9 @@
 #!/bin/sh
-# Several hosts by MPICH's own launcher, without a batch system:
+# MPICH's own launcher starts a job on several hosts, without a batch system. This command starts two
+# ranks on each of node1 and node2:
 #   hosts-mpich.sh node1,node2 2 cupytron train --preset demo --data /shared/data --out /shared/run
-# starts two ranks on each of node1 and node2. The hosts need each other's names, ssh without a password,
-# and the same program, data and run in the same folders.
+# The hosts need each other's names, ssh without a password, and the same program, data and run in the same
+# folders.
 set -eu
 hosts=$1 each=$2
 shift 2

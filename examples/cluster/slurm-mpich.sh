@@ -7,9 +7,10 @@
 #SBATCH --open-mode=append
 # MPICH under Slurm:
 #   sbatch slurm-mpich.sh cupytron train --preset demo --data /shared/data --out /shared/run
-# Two minutes before the time limit every rank gets USR1: the run saves and ends with 75. Then the job is
-# put into the queue again, and the same command goes on from there, until the run is finished.
-# no --kill-on-bad-exit: it takes the first rank's 75 for a failure, and may kill the others before they end
+# Two minutes before the time limit every rank gets USR1. The run saves and ends with exit code 75. Then the
+# job is put into the queue again, and the same command goes on from there, until the run is finished.
+# srun gets no --kill-on-bad-exit, since that takes the first exit code 75 for a failure, and may kill the
+# other ranks before they end.
 srun --mpi=pmi2 "$@"
 code=$?
 if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
