@@ -21,13 +21,13 @@ from cupytron.errors import (
 from cupytron.together import together
 from cupytron.versions import host
 
-# seconds between two looks of ranks that see different things: a network file system shows a change late
+# seconds between two looks while the ranks see different things; a network file system shows a change late
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
 _SHARE = "put the run's folder on a file system that all ranks share"
 
 
 class View(NamedTuple):
-    """What one rank sees.
+    """The view of one rank.
 
     Attributes:
         host: the name of its machine.
@@ -71,7 +71,7 @@ def agree(
 def check_shared(folder: Path, world: Communicator) -> None:
     """Refuse a folder in which rank 0 cannot write, or whose files another rank does not see. Collective.
 
-    The first save would find out, too, and all steps before it would be lost.
+    Without this check, the first save would fail, and all steps before it would be lost.
 
     Raises:
         CheckpointError: a rank does not see a file that rank 0 has just written there; the same on every

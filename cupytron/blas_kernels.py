@@ -1,7 +1,7 @@
-"""Which of OpenBLAS's kernels this processor can run. Imports the standard library only.
+"""Finds which of OpenBLAS's kernels this processor can run. Imports the standard library only.
 
-OpenBLAS takes the name in OPENBLAS_CORETYPE at its word. With a kernel of another processor the
-process ends by SIGILL, which says nothing to a user.
+OpenBLAS does not check the name in OPENBLAS_CORETYPE. If the processor cannot run that kernel, the
+process ends by SIGILL, without a message.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _AVX2 = {"avx2", "fma"}
 _AVX512 = {*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
-# x86 kernels, and the flags of /proc/cpuinfo that the processors of these names have and they need at least
+# the flags of /proc/cpuinfo that each x86 kernel needs; a processor of the kernel's name has them
 NEEDS: dict[str, set[str]] = {
     "prescott": {"pni"},
     "core2": {"ssse3"},
@@ -37,7 +37,7 @@ _SHOWN = ("Prescott", "Nehalem", "Sandybridge", "Haswell", "Zen", "SkylakeX", "C
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """What this processor can do, in the words of /proc/cpuinfo; empty where that is not told."""
+    """The processor's flags from /proc/cpuinfo; empty if it lists none."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return frozenset()
     try:
@@ -50,7 +50,7 @@ def flags() -> frozenset[str]:
 
 
 def missing(kernel: str, there: Set[str]) -> list[str]:
-    """Flags that a kernel needs and a processor lacks; none for a kernel or a processor that is not known.
+    """Flags that a kernel needs and a processor lacks; [] if the kernel or the processor is not known.
 
     Args:
         there: the processor's flags.

@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint, and what an error proves: damage, no access, or that they are gone.
+"""Reads the files of a checkpoint. An error says whether they are damaged, unreadable or gone.
 
 A checkpoint is damaged only if its own files prove it. It may also be unreadable for now, or a run that
 trains at the same time may have removed or replaced it.
@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 _NAME = re.compile(r"rank-[0-9]{5,}\.safetensors")
 _BLOCK = 1 << 22  # bytes of values read at a time
-_MOST_HELD = 64  # files that are kept open at once; a process may have about a thousand
+_MOST_HELD = 64  # files that are kept open at once; a process may open about a thousand
 _HASHED = 1 << 18  # bytes hashed at a time: they stay in the processor's cache
 
 
 class _Entry(NamedTuple):
-    """What the manifest says of a file.
+    """The manifest's entry for a file.
 
     Attributes:
         name: the file's name.
@@ -76,9 +76,9 @@ class CheckpointFiles:
         self._held: dict[str, BufferedReader] = {}  # open files by their names
 
     def hold(self) -> None:
-        """Open all files now, if they are few: then the checkpoint can be read though it is removed.
+        """Open all files now, if they are few, so that they can be read after the checkpoint is removed.
 
-        A run that saves faster than its checkpoints are read would leave a reader none otherwise.
+        Otherwise a run that saves often could remove each checkpoint before a reader has read it.
         """
         if self._held or len(self._entries) > _MOST_HELD:
             return
@@ -116,7 +116,7 @@ class CheckpointFiles:
             out: one-dimensional and contiguous.
         """
         entry = self._entries[number]
-        # blocks: a single read gives 2 GiB at most
+        # in blocks, since a single read returns 2 GiB at most
         view = out.view(np.uint8).data
 
         def fill(file: BufferedReader) -> None:
@@ -130,9 +130,9 @@ class CheckpointFiles:
         self._with_file(entry, fill)
 
     def check_still_there(self) -> None:
-        """Raise GoneCheckpoint if another checkpoint has the name by now, or none has.
+        """Raise GoneCheckpoint if the checkpoint was removed or replaced.
 
-        Files that are held may be read on.
+        Files that are held can still be read.
         """
         if self._held:
             return
@@ -156,7 +156,7 @@ class CheckpointFiles:
         return None
 
     def _with_file(self, entry: _Entry, work: Callable[[BufferedReader], T]) -> T:
-        """Return work(file); if it fails, raise the CheckpointError that says what this proves."""
+        """Return work(file); if it fails, raise the CheckpointError that the failure proves."""
 
         def opened() -> T:
             if entry.name in self._held:

@@ -1,9 +1,9 @@
-"""Giving a checkpoint's folder its name, replacing and removing it, so that a crash loses no checkpoint.
+"""Names, replaces and removes the folders of checkpoints, so that a crash loses no checkpoint.
 
 Three kinds of hidden folders stand beside the checkpoints for a while. A killed process leaves them there.
 At the next start, `recover` tells them apart by their names, and restores or removes them:
 
-.tmp-NAME-...    a save that is not complete, or what a complete save has replaced
+.tmp-NAME-...    a save that is not complete, or a checkpoint that a complete save has replaced
 .old-NAME-...    a whole checkpoint that is being replaced where names cannot be exchanged at once
 .trash-NAME-...  a checkpoint that is being removed
 """
@@ -29,7 +29,7 @@ def put_in_place(new: Path, folder: Path) -> None:
     At each moment one of the two has the name, or the old one waits for `recover` as .old-NAME-...
 
     Raises:
-        OSError: the names are as they were before.
+        OSError: it failed, and the names are as they were before.
     """
     undo, replaced = _give_name(new, folder)
     try:
@@ -76,9 +76,10 @@ def discard(folder: Path) -> None:
 
 
 def recover(checkpoints: Path) -> list[str]:
-    """Restore or remove what a killed process left among the checkpoints; for the owner of the run's lock.
+    """Restore or remove the folders that a killed process left among the checkpoints.
 
-    A checkpoint whose replacement was cut short gets its name back. All other leftovers are removed.
+    The caller holds the run's lock. A checkpoint whose replacement was cut short gets its name back. All
+    other leftovers are removed.
 
     Args:
         checkpoints: the folder that holds them; it need not exist.

@@ -20,7 +20,7 @@ from cupytron.sealed_schema import check_types
 
 MOST_RUNS = 8  # no more lines can be told apart
 _DASHES = ((), (7, 3), (2, 3), (9, 3, 2, 3))  # lengths of a line's parts and gaps
-# (on white paper, on dark paper): told apart by readers who do not see red, green or blue well
+# (on white paper, on dark paper); readers who do not see red, green or blue well can tell them apart
 _COLOURS = (
     ("#0072b2", "#6cb8f0"),
     ("#c44e00", "#ff9a5a"),
@@ -71,7 +71,7 @@ class Compared:
 
 @dataclass
 class Comparison:
-    """Runs, the settings in which they differ with each run's value, and what a reader has to know."""
+    """Runs, the settings in which they differ, with each run's value, and notes for the reader."""
 
     runs: list[Compared]
     settings: dict[str, list[str]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ def _run(tag: str, name: str, place: Path) -> Compared:
 
 
 def _settings(folder: RunFolder, records: Report) -> dict[str, Any]:
-    """Every setting by "section.key"; of a run of another version those that config.toml has."""
+    """Every setting by "section.key"; for a run of another version, the settings in config.toml."""
     from cupytron.config import load_config, resolve_run
 
     try:
@@ -151,7 +151,7 @@ def _settings(folder: RunFolder, records: Report) -> dict[str, Any]:
 
 
 def _sealed_data(folder: RunFolder) -> dict[str, Any]:
-    """What the newest readable manifest says about the data; without one, the tokenizer's hash alone."""
+    """The entry for data in the newest readable manifest; without one, the tokenizer's hash alone."""
     from cupytron.data import DataError, load_tokenizer
 
     for step in reversed(folder.steps()):
@@ -215,9 +215,9 @@ def _notes(runs: Sequence[Compared]) -> Iterator[str]:
             yield f"{run.tag}, {run.name}: it has no checkpoint, so it does not say which data it has."
     tokenizers = _known(run.data.get("tokenizer_hash") for run in runs)
     if len(tokenizers) > 1:
-        way_out = "bits per byte can, on the same text"
+        way_out = "bits per byte can be compared, on the same text"
         if any(run.bits_per_byte is None for run in runs):
-            way_out += " (`cupytron eval RUN` says them where they are not known here)"
+            way_out += " (`cupytron eval RUN` prints them if they are missing here)"
         yield (
             "The runs have different tokenizers. Their losses cannot be compared, since a token stands "
             f"for more or less text; {way_out}."
@@ -231,7 +231,7 @@ def _notes(runs: Sequence[Compared]) -> Iterator[str]:
         )
     if _counts_differ(runs):
         yield (
-            "The validation losses are over different numbers of tokens (train.eval_tokens), so that they "
+            "The validation losses are over different numbers of tokens (train.eval_tokens), so they "
             "cannot be compared."
         )
     if len(_known(run.settings.get("train.sequence_length") for run in runs)) > 1:
@@ -272,7 +272,7 @@ def write_html(found: Comparison, out: str | Path) -> None:
     report_page.write(report_page.page(title, subtitle, [], found.notes, body, _style()), out)
 
 
-# above a chart; of more runs the letters stand there, since the page begins with a list
+# above a chart; with more runs, the chart has their letters only, and the page begins with a list of names
 _MOST_NAMES = 4
 _SMOOTHED = "Each line is a mean over about a twentieth of its records."
 

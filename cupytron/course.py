@@ -1,7 +1,7 @@
-"""The course of a run: what small data and changed settings do to it, said before the first step.
+"""Warnings before the first step about the effects of small data and of changed settings on a run.
 
-A resumed run that is made longer stretches a schedule whose end follows train.max_steps. Its learning rate
-may then jump, and settings that count steps or sequences mean other amounts of text.
+If a resumed run is made longer, a schedule that ends at train.max_steps is stretched, and the learning rate
+may jump. With a step of another size, settings that count steps mean other amounts of text.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Schedule:
 
     @property
     def fall(self) -> tuple[int, int]:
-        """The steps at which the learning rate begins and stops to fall; the end of warm-up if it stays."""
+        """First and last step of the learning rate's decay; the end of warm-up twice if it is constant."""
         optim, steps = self.config.optim, self.config.train.max_steps
         if optim.schedule == "constant":
             return optim.warmup_steps, optim.warmup_steps
@@ -55,7 +55,7 @@ class Schedule:
         for each in (self, other):
             marks |= {each.config.optim.warmup_steps, *each.fall}
         inside = sorted(mark for mark in marks if first <= mark < last)
-        # between two marks both are smooth, so that two that agree in the middle agree everywhere
+        # between two marks both schedules are smooth, so if they agree in the middle they agree everywhere
         middles = [(a + b) // 2 for a, b in itertools.pairwise(inside)]
         return all(_close(self.rate(s), other.rate(s)) for s in [*inside, *middles])
 
@@ -90,16 +90,15 @@ def _keeping(old: Schedule, new: Schedule, step: int) -> str:
     before, now = old.config, new.config
     wanted = {key: _resolved(before, key) for key in _SHAPE}
     if before.optim.schedule != "wsd":
-        wanted["decay_steps"] = max(
-            before.decay_steps, before.optim.warmup_steps
-        )  # or it is refused
+        # fewer decay_steps than warmup_steps are refused
+        wanted["decay_steps"] = max(before.decay_steps, before.optim.warmup_steps)
     changed = {key: value for key, value in wanted.items() if value != _resolved(now, key)}
     if _with(now, changed).same(old, step, now.train.max_steps):
         return f"to keep the checkpoint's, add {_flags(changed)}"
     then = old.rate(step)
     if step < before.optim.warmup_steps or _close(then, new.rate(step)):
         return ""
-    # the end of wsd is max_steps itself, so no longer run can have the old one
+    # wsd ends at max_steps, so a longer run cannot keep the old schedule
     rate = float(f"{then:.4g}")
     constant: dict[str, str | int | float] = {"schedule": "constant", "lr": rate}
     constant |= {"min_lr": rate} if now.min_lr > rate else {}

@@ -1,7 +1,7 @@
-"""Files of folders that may crash at any moment, and in which a stranger may have put anything.
+"""Reads and writes files so that a crash at any moment loses nothing, and strangers' files do no harm.
 
-Content and folders are written through to the disk, and names are exchanged. Only regular files are opened:
-a pipe or a device may wait for ever. What is written here never goes through a link to another place.
+Content and folders are written through to the disk, and names are exchanged. Only regular files are opened,
+since a pipe or a device may wait for ever. Nothing is written through a link to another place.
 
 It imports the standard library and progress.py alone, so that `data/` may use it too.
 """
@@ -38,7 +38,7 @@ def open_file(path: str | Path, follow: bool = True) -> BufferedReader:
         follow: whether the name may be a link to the file.
 
     Raises:
-        NotAFile: it is something else.
+        NotAFile: it is not a regular file.
         OSError: it is not there, cannot be opened, or is a link that is not to be followed.
     """
     _check_regular(path)
@@ -51,7 +51,7 @@ def open_in_place(path: Path) -> BufferedRandom:
     """Open a regular file for reading and appending; a missing one is made, and no link is followed.
 
     Raises:
-        NotAFile: it is something else.
+        NotAFile: it is not a regular file.
         OSError: it cannot be opened, or is a link.
     """
     _check_no_link(path)
@@ -97,7 +97,7 @@ def left_by_replacing(path: Path) -> list[Path]:
 
 
 def _check_regular(path: str | Path) -> None:
-    """Refuse what is not a regular file before it is opened, since that may wait for ever."""
+    """Refuse a path that is not a regular file, since opening a pipe or a device may wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise NotAFile(errno.EINVAL, "is not a file", str(path))
 
@@ -213,7 +213,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def way_out(error: OSError) -> str:
-    """What to do about an error of writing, to be followed by a place."""
+    """The remedy for an error of writing; the caller adds the place."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "let this user write"
     if error.errno == errno.EFBIG:

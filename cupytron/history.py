@@ -1,4 +1,4 @@
-"""Whether metrics.jsonl still holds what it held when a checkpoint was saved.
+"""Checks that metrics.jsonl still holds the records that it held when a checkpoint was saved.
 
 A checkpoint seals the length and the SHA-256 of metrics.jsonl. Later lines belong to steps that a resumed
 run trains again. A last line that a kill cut in half lies beyond the seal, so it is no damage.
@@ -41,7 +41,7 @@ def damage(folder: RunFolder, found: Checkpoint) -> str | None:
     missing = [step for step in range(1, found.step + 1) if step not in there]
     if not (sealed or unreadable or missing):
         return None
-    what = "records are not those that were written, all of them readable"
+    what = "some records were changed, though all of them can be read"
     if missing:
         what = f"the records of steps {ranges(missing)} are missing or cannot be read"
     elif unreadable:

@@ -1,4 +1,4 @@
-"""Which launcher belongs to which MPI library, and the words that say so."""
+"""Knows which launcher belongs to which MPI library, and makes the messages about it."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def remedy(open_mpi: bool) -> str:
 
 
 def is_pmix_without_support(library: str) -> bool:
-    """Whether the launcher speaks PMIx alone, and MPICH does not: then MPI_Init aborts.
+    """Whether the launcher speaks PMIx only, and MPICH was built without PMIx. Then MPI_Init aborts.
 
     Args:
         library: what MPI.Get_library_version() says; for MPICH it has the options that it was built with.
@@ -39,8 +39,8 @@ def is_pmix_without_support(library: str) -> bool:
 def takes_plugins_of_open_mpi_5(library: str) -> bool:
     """Whether the launcher, Open MPI 5 or later, points an older library to its own plugins.
 
-    Then MPI_Init aborts, since there are none of the library's version. Launchers that are not told where
-    they are installed leave OPAL_PREFIX alone; then MPI_Init makes each process a world of its own.
+    Then MPI_Init aborts, since there are no plugins of the library's version. A launcher that does not know
+    where it is installed does not set OPAL_PREFIX. Then MPI_Init makes each process a world of its own.
 
     Args:
         library: what MPI.Get_library_version() says.

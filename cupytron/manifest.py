@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> Manifest:
         content, identity = again(lambda: _read(folder / MANIFEST))
         sealed = json.loads(content)
         body = sealed["body"]
-        # byte for byte what we would have written: no change, however small, goes unseen
+        # the file must be byte for byte what we would have written, so that every change is found
         whole = seal(body) == content and sealed["sha256"] == body_hash(body)
         whole = whole and isinstance(body, dict)
     except FileNotFoundError:

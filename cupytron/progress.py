@@ -1,4 +1,4 @@
-"""What this process is doing just now: the work says it, and the watchdog's thread reads it.
+"""The current activity of this process. The work reports it, and the watchdog's thread reads it.
 
 It imports the standard library only, since it is needed before NumPy and MPI are loaded. Each rank is a
 process, so each process has one state. Where ranks are threads of one process, nobody reads the state.
@@ -16,8 +16,8 @@ Note = Callable[[int, str], None]  # such as `note`: (the last step that is done
 # values of `waits_for` while MPI begins or ends, and takes no other calls
 MPI_ITSELF = ("MPI_Init", "MPI_Finalize")
 
-# Python's audit events (PEP 578) that count as pieces of work: a slow import, or the slow removal of a
-# folder, is many of them
+# Python's audit events (PEP 578) that count as pieces of work. A slow import, or the slow removal of a
+# folder, causes many of them.
 _EVENTS = {
     "import",
     "open",
@@ -90,7 +90,8 @@ def count(done: int, total: int, unit: str) -> None:
     """Say how much of the phase's work is done; that is a beat, too.
 
     Args:
-        done: so much of `total`. Less than before: another piece of work, such as the next file, has begun.
+        done: how much of `total`. If it is less than before, another piece of work has begun, such as the
+            next file.
         total: more than 0.
         unit: a plural, such as "tokens", or "bytes".
     """
@@ -131,7 +132,7 @@ def patiently(what: str) -> Iterator[None]:
 
 
 def follow(groups: Any) -> None:
-    """Take the `operation` of a communicator or a mesh for what this rank waits for."""
+    """Report the `operation` of a communicator or a mesh, from now on, when this rank waits for others."""
     _now.groups = groups
 
 
@@ -154,12 +155,12 @@ def count_files() -> None:
 
 
 class Doing(NamedTuple):
-    """What this process is doing.
+    """The current activity of this process.
 
     Attributes:
         step: the last step that is done.
-        phase: what goes on since `seconds`.
-        counted: how much of it is done; None: not known.
+        phase: the current phase, which began `seconds` ago.
+        counted: how much of the phase is done; None: not known.
         waits_for: what this rank waits for; "": nothing.
     """
 
@@ -171,7 +172,7 @@ class Doing(NamedTuple):
 
 
 def doing() -> Doing:
-    """What this process is doing, for a line on the terminal."""
+    """The current activity of this process, for a line on the terminal."""
     now, found = time.monotonic(), _now.count
     count = found and Count(*found[:3], now - found[3])
     return Doing(_now.step, _now.phase, now - _now.began, count, waits_for())

@@ -1,4 +1,4 @@
-"""A run's checkpoints: which there are, and which one is used. All ranks use the same one.
+"""Lists a run's checkpoints, and chooses one of them. All ranks use the same one.
 
 Each rank lists and opens files for itself, and may see other files than the other ranks. A network file
 system may show old lists of names for seconds, and a path on a node's own disk is another folder on each
@@ -29,7 +29,7 @@ from cupytron.together import together
 T = TypeVar("T")
 Warn = Callable[[str], None]
 
-_TRIES = 20  # how often a checkpoint is chosen: each of them may be removed while it is read
+_TRIES = 20  # checkpoints that are chosen in turn, since each may be removed while it is read
 _PAUSE = 0.05  # seconds between two tries
 
 
@@ -115,7 +115,7 @@ class RunCheckpoints:
         return seen
 
     def see(self, step: int) -> Checkpoint | CheckpointError:
-        """The checkpoint of a step as this process sees it, not verified; or why there is none."""
+        """The checkpoint of a step as this process sees it, not verified; an error if there is none."""
         place = self.place(step)
         try:
             found = _opened(place)

@@ -1,7 +1,7 @@
-"""What a run's checkpoints say before NumPy is imported: their steps, and the settings that they seal.
+"""Reads the steps of a run's checkpoints, and the settings that they seal. Imports no NumPy.
 
-The settings say how a process is prepared (threads, BLAS kernel), and that has to come before NumPy is
-imported. So nothing here may import NumPy.
+These settings say how a process is prepared (threads, BLAS kernel), and that has to come before NumPy is
+imported.
 """
 
 import re
@@ -45,7 +45,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _instead(path: Path) -> str:
-    """What a path is that is not a run's folder, and what to give in its place."""
+    """For a path that is not a run's folder: what it is, and which path to give instead."""
     inside = next((folder for folder in list(path.parents)[:2] if _is_run(folder)), None)
     if inside is not None and path.exists():
         return f"it lies in one); give {inside}"
@@ -61,7 +61,7 @@ def _instead(path: Path) -> str:
 def sealed_settings(run: Path) -> dict[str, Any] | None:
     """The settings in the newest whole manifest of a run; None if it has none.
 
-    Nothing proves config.toml, so data.path alone is taken from it: the data may have moved since the
+    config.toml has no seal, so only data.path is taken from it. The data may have moved since the
     checkpoint, and are compared with the sealed hashes in any case.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The types of what a run seals in a manifest.
+"""The types of the values that a run seals in a manifest.
 
-A seal proves that nothing has changed, not that it is right. Anybody can seal a manifest. It is read
-before NumPy is imported, so that this imports none.
+A seal proves that a manifest was not changed, not that it is right, since anybody can seal one. Manifests
+are read before NumPy is imported, so this module imports no NumPy.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +35,7 @@ class _Data(_Strict):
 
 
 class _Model(BaseModel):
-    """What is compared before the settings of a model are read as such."""
+    """The values that are compared before the model's settings are validated."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -87,7 +87,7 @@ class Source:
 def check_weights(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> None:
     """Refuse weights that would mean something else in this model, whatever their shapes.
 
-    Another context is fine where positions are no table of weights.
+    Another context length is accepted if positions are not a table of weights.
 
     Raises:
         ConfigError: saying what differs, and which setting to leave out.

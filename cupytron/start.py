@@ -1,4 +1,4 @@
-"""Training from Python: the process is prepared first, and NumPy and the rest are imported after that."""
+"""cupytron.train, which prepares the process first, and imports NumPy and the rest after that."""
 
 from collections.abc import Callable
 from pathlib import Path

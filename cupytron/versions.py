@@ -1,4 +1,4 @@
-"""Which program this process runs: all ranks of a job have to run the same one, or they train a mixture."""
+"""The program that this process runs, which has to be the same on all ranks of a job."""
 
 import hashlib
 import importlib.util

@@ -133,7 +133,7 @@ def test_what_is_not_known_is_not_called_different(tmp_path, one):
 def test_a_run_without_a_checkpoint_has_its_tokenizer(tmp_path, one):
     ByteTokenizer().save(written(tmp_path / "two", [1.0]) / "tokenizer.json")
     notes = " ".join(compare.read([one, tmp_path / "two"]).notes)
-    assert "different tokenizers" in notes and "`cupytron eval RUN` says them" in notes
+    assert "different tokenizers" in notes and "`cupytron eval RUN` prints them" in notes
 
 
 def test_vocabularies_without_tokenizers(tmp_path):

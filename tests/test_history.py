@@ -358,7 +358,7 @@ DAMAGE = {
     ),
     "a digit": (
         lambda c: flipped(c, c.index(b'"loss": ') + 8, ord("9")),
-        "records are not those that were written, all of them readable",
+        "some records were changed, though all of them can be read",
         False,
     ),
 }

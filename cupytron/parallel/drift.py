@@ -40,11 +40,11 @@ _ROUNDING = (
 
 
 class ReplicasDiffer(CupytronError):
-    """Ranks that should hold the same hold something else; the message names them."""
+    """Ranks that should hold the same values hold different ones; the message names them."""
 
 
 class Item(NamedTuple):
-    """The thing that a fingerprint is of: all ranks that hold an item should have the same fingerprint.
+    """An array or a number with a fingerprint, which should be the same on all ranks that hold the item.
 
     Attributes:
         name: "kind/parameter", or the name of a number of the trainer.
@@ -80,7 +80,7 @@ def compare(
     Args:
         zero: the model, materialised.
         step: the step that is done, or whose update comes next; for the message.
-        numbers: the trainer's numbers by name, which every rank of the world should have alike.
+        numbers: the trainer's numbers by name; they should be the same on every rank of the world.
         before_update: compare only the weights that the update will overwrite.
 
     Communication: one small object from each rank to all others.
