@@ -1,8 +1,8 @@
 """The table of named options that set a run's settings, and where they stand in the help."""
 
-# (names, the key that they set, the heading of the help under which they stand); the names are those that
-# users of other systems know. The schema of the settings says what they mean. Values stay text here, so
-# that `load_config` tells all errors at once and in one way.
+# (names, the key that they set, their heading in the help). Users of other systems know these names. The
+# schema of the settings says what they mean. Values stay text here, so that `load_config` reports all
+# errors at once and in one way.
 FLAGS = [
     (("--num-layers", "--n-layers"), "model.num_layers", "Model"),
     (("--num-heads", "--n-heads"), "model.num_heads", "Model"),
@@ -41,11 +41,11 @@ SWITCHES = [
     (("--malloc/--no-malloc",), "parallel.malloc", "Process and device"),
 ]
 HEADINGS = list(dict.fromkeys(heading for _, _, heading in FLAGS))  # in the order of the help
-# what no command but train has a use for
+# keys that only train uses, and what to do about them in other commands
 UNUSED_WITHOUT_TRAINING = {
     "train.max_steps": "give --steps",
     "train.eval_interval": "it evaluates nothing",
     "train.check_replicas": "it compares no replicas",
 }
-# how the help calls a value whose type says too little
+# the names of values in the help, where the type says too little
 SHOWN = {"data.path": "DIR", "parallel.split": "N,N,...", "parallel.blas_kernel": "NAME"}

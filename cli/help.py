@@ -1,4 +1,4 @@
-"""Commands whose help has headings, what each value may be, and examples; suggestions for wrong names."""
+"""Commands whose help has headings, the limits of values, and examples; suggestions for wrong names."""
 
 import functools
 import os
@@ -77,9 +77,9 @@ class PresetOption(Option):
 
 
 class PathText(click.ParamType):
-    """A path, or one of the words that may stand in its place; the library says what is wrong with it.
+    """A path, or one of the words that may stand in its place; the library checks it.
 
-    `~` and `~USER` at its beginning are home folders: shells leave them alone behind `--out=`. As in
+    `~` and `~USER` at its beginning are home folders, since shells do not expand them after `--out=`. As in
     shells, an unknown USER stays as it is.
     """
 
@@ -173,14 +173,13 @@ class Group(click.Group):
 
 
 def usage_message(error: click.ClickException) -> str:
-    """What click says about a wrong command line, as one line in the style of all our errors."""
+    """Click's message about a wrong command line, as one line in the style of all our errors."""
     text = error.format_message()
     if isinstance(error, click.NoSuchOption):
         names = sorted(error.possibilities or [])
         text = f"{error.option_name}: no such option{_did_you_mean(names)}"
-    text = " ".join(
-        text.split()
-    )  # click shows the choices of a missing option on lines of their own
+    # click shows the choices of a missing option on lines of their own
+    text = " ".join(text.split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
         text += f" ({error.ctx.command_path} --help)"
     return text

@@ -1,4 +1,4 @@
-"""Everything that commands print goes through here: text of strangers' files does nothing to a terminal."""
+"""Prints everything that commands print, so that text of strangers' files cannot control a terminal."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def say_json(value: Any, indent: int | None = None) -> None:
 
 
 def pass_on(text: str) -> None:
-    """Print what a model wrote, as it comes: on a terminal with escapes, elsewhere byte for byte."""
+    """Print a model's text as it comes: on a terminal with escapes, elsewhere byte for byte."""
     on_terminal = sys.stdout is not None and sys.stdout.isatty()
-    # click would take escape codes out of what goes into a pipe
+    # without color=True, click removes escape codes from text that goes into a pipe
     click.echo(printable(text, keep="\n\t") if on_terminal else text, nl=False, color=True)

@@ -40,7 +40,8 @@ class Compared:
     Attributes:
         tag: a letter, which stands at the end of its lines.
         name: the run's folder; with the folders above it, if another run has the same name.
-        report: its records. settings: all of them by "section.key", defaults too.
+        report: its records.
+        settings: all of them by "section.key", defaults too.
         data: the hashes of its data and of its tokenizer, as its newest checkpoint seals them.
         bits_per_byte: of the best validation loss; None: not known.
     """

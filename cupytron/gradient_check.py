@@ -26,9 +26,8 @@ MOST_EXPLAINED = 4  # tensors of a layer, the worst
 MORE_DIRECTIONS = 6  # where one is wrong
 MOST_ENTRIES = 64  # of a wrong tensor, looked at one by one
 ROUNDING = 8 * np.finfo(np.float64).eps  # of the sum of |y * dy|
-MOVE = (
-    0.1  # parameters are moved so far off their initial values: biases of zero would hide mistakes
-)
+# Parameters are moved so far off their initial values, since biases of zero would hide mistakes.
+MOVE = 0.1
 STEP, FIRST_TOKEN = 2, 77  # addresses of dropout masks that are not zero
 
 
@@ -41,9 +40,10 @@ class Finding(NamedTuple):
 
     Attributes:
         tensor: "x", or a parameter's name; in a chain with the layer's.
-        error: relative to the gradient's norm; 1 for what has no size.
-        kind: a word, such as "factor". text: what it looks like.
-        entry: the worst of those looked at; None if none was.
+        error: relative to the gradient's norm; 1 for a mistake without a size.
+        kind: a word, such as "factor".
+        text: a sentence about the mistake.
+        entry: the worst of the entries that were looked at; None if none was.
         given: what backward gives there.
         wanted: what finite differences give there.
     """
@@ -111,7 +111,7 @@ def check_gradient(
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> Report:
-    """Compare what a layer's backward gives with finite differences of its forward.
+    """Compare the gradients of a layer's backward with finite differences of its forward.
 
     The layer is copied, and stays as it is. The copy gets its initial values, moved a little, in float64.
 
@@ -164,7 +164,7 @@ def check_gradient(
 
 
 class Case:
-    """A layer with one x: what is differentiated, and how.
+    """A layer with one x, and its derivatives along directions.
 
     Attributes:
         tensors: x, if it has a gradient, and the parameters' arrays, by name.
@@ -185,10 +185,10 @@ class Case:
         return self.layer.forward(self.x.copy(), Stash(self.batch).discarding())
 
     def gradients(self, dy: Any, again: bool = False) -> dict[str, Any]:
-        """What backward gives of each tensor.
+        """The gradients that backward gives, by tensor.
 
         Args:
-            again: add to the parameters' gradients that are there.
+            again: add to the parameters' gradients of the last call.
         """
         for parameter in self.parameters.values():
             if not again:
@@ -275,7 +275,7 @@ def _check(
     for tensor, gradient in gradients.items():
         if gradient.shape != case.tensors[tensor].shape:
             text = (
-                f"its gradient has shape {gradient.shape}, and it has {case.tensors[tensor].shape}"
+                f"its gradient has shape {gradient.shape}, its own is {case.tensors[tensor].shape}"
             )
             findings.append(Finding(tensor, 1.0, "shape", text))
             errors[tensor] = math.inf
@@ -297,7 +297,7 @@ def _check(
 
 
 def _manners(case: Case) -> Any:
-    """What forward and backward must not do, beside wrong numbers."""
+    """The rules that forward and backward break, apart from wrong numbers."""
     stash, x, dy = Stash(case.batch), case.x.copy(), case.dy.copy()
     case.layer.forward(x, stash)
     if (x != case.x).any():
@@ -338,7 +338,7 @@ def _explained(case: Case, finding: Finding, gradient: Any) -> Finding:
 def _by_layer(
     chain: Chain, x: Any, batch: MicroBatch, rng: np.random.Generator, tolerance: float
 ) -> list[Finding]:
-    """What is wrong with each layer of a chain alone, given what the layers before it make of x."""
+    """The findings of each layer of a chain, checked alone with the x that the layers before it make."""
     findings: list[Finding] = []
     for layer in chain.chain().values():
         _, wrong = _check(layer, x, batch, rng, tolerance, explain=not isinstance(layer, Chain))

@@ -1,8 +1,8 @@
-"""What kind of mistake a wrong gradient looks like.
+"""Guesses the kind of mistake in a wrong gradient.
 
-Each kind is a guess of what backward should have given, such as the gradient times a number, or its
-transpose. A guess is held against slopes along several random directions. Other kinds come from a dy that
-is zero but for one sequence, token or entry, which shows what depends on what.
+Some kinds are guesses of the right gradient, such as the given one times a number, or its transpose. A
+guess is compared with slopes along several random directions. Other kinds come from a dy that is zero
+except in one sequence, token or entry. It shows which tokens and entries depend on each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-CLOSE = 1e-4  # relative error of a guess that is taken
+CLOSE = 1e-4  # relative error up to which a guess is accepted
 MOST_ROWS = 16  # tokens and sequences that are looked at one by one
 
 
@@ -61,8 +61,8 @@ def kind_of(
             return kind
     return Kind(
         "other",
-        "its gradient has the right shape and wrong numbers, by no pattern that is known here; compare "
-        "what forward pushes with what backward takes it for",
+        "its gradient has the right shape and wrong numbers, and fits no known kind of mistake; compare "
+        "the arrays that forward pushes with those that backward expects",
     )
 
 
@@ -84,7 +84,7 @@ def _factor(
         if count > 1 and abs(factor * count - 1) < CLOSE:
             yield Kind(
                 "factor",
-                f"its gradient is 1/{count} of what it should be: a mean over {what} for a sum?",
+                f"its gradient is 1/{count} of what it should be: a mean over {what} in place of a sum?",
             )
     close = Fraction(factor).limit_denominator(64)
     said = str(close) if abs(close / factor - 1) < CLOSE else f"{factor:.6g}"
@@ -102,7 +102,7 @@ def _residual(case: Any, gradient: Any, fits: Callable[[Any], bool]) -> Iterator
     if fits(gradient + case.dy):
         yield Kind("residual", "dy itself is missing in it: a residual is dropped in backward")
     if fits(gradient - case.dy):
-        yield Kind("residual", "dy itself is in it once too often: a residual that forward has not")
+        yield Kind("residual", "dy itself is in it once too often: forward has no such residual")
 
 
 def _missing_sum(case: Any, tensor: str) -> Iterator[Kind]:
@@ -133,7 +133,7 @@ def _missing_sum(case: Any, tensor: str) -> Iterator[Kind]:
 
 
 def _tokens(case: Any, gradient: Any) -> Iterator[Kind]:
-    """Of x: what the dy of one token gives the tokens around it."""
+    """Of x: the gradients that the dy of one token gives the tokens around it."""
     tokens = len(case.dy)
     if gradient.ndim != 2 or len(gradient) != tokens or tokens == 1:
         return
@@ -160,7 +160,7 @@ def _tokens(case: Any, gradient: Any) -> Iterator[Kind]:
         )
     if mixed and not mixes:
         yield Kind(
-            "tokens apart", "backward lacks what comes from other tokens, which forward mixes"
+            "tokens apart", "backward lacks the gradient from other tokens, which forward mixes"
         )
     if any(wrong[1:]) and not wrong[0]:
         at = wrong.index(True)
@@ -168,7 +168,7 @@ def _tokens(case: Any, gradient: Any) -> Iterator[Kind]:
         times = "" if ratio is None else f", {ratio} times what it should be for token {rows[at]}"
         yield Kind(
             "between tokens",
-            f"what a token's dy gives that token is right; what it gives other tokens is wrong{times}",
+            f"a token's dy gives the right gradient to that token, and a wrong one to other tokens{times}",
         )
 
 
@@ -190,7 +190,7 @@ def _entries(case: Any, gradient: Any, gives: Any, wants: Any) -> Iterator[Kind]
             "backward mixes entries that forward keeps apart: a sum or a mean over the wrong axis?",
         )
     if mixed and not mixes:
-        yield Kind("features apart", "backward lacks what comes from other features of the token")
+        yield Kind("features apart", "backward lacks the gradient from the token's other features")
     if mixes or mixed:
         return
     right = np.abs(gives - wants) <= size

@@ -1,7 +1,7 @@
-"""What layers owe each other, held by attributes alone: shapes and dtypes of what they return and add.
+"""Checks the shapes and the dtypes of the arrays that layers return, and of the gradients that they add.
 
-A mistake is told where it is made, under the name of the layer that makes it. Nothing here reads the
-numbers of an array. Layers and parameters are those of layer.py, which imports this module.
+An error is raised where the mistake is made, and names the layer. Nothing here reads the numbers of an
+array. Layers and parameters are those of layer.py, which imports this module.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ _INTEGERS = "iu"  # kinds of dtype: ids, which have no gradient
 class ShapeError(CupytronError):
     """A layer was given, or has returned, an array of another shape or dtype than it should."""
 
-    origin = ""  # which layer made what it was given
+    origin = ""  # which layer made its x
 
 
 class NoGradient(UserWarning):
@@ -22,14 +22,14 @@ class NoGradient(UserWarning):
 
 
 def check_output(layer: Any, x: Any, y: Any) -> None:
-    """Refuse what a layer's forward has returned for x, unless the next layer can take it."""
+    """Refuse the result of a layer's forward for x, unless the next layer can use it."""
     if not (hasattr(y, "shape") and hasattr(y, "dtype")):
         raise ShapeError(f"{layer.describe()}: forward returned {_kind(y)}; return one array")
     if layer.row_for_row and (len(y.shape) != 2 or y.shape[0] != x.shape[0]):
         raise ShapeError(
             f"{layer.describe()}: forward returned shape {y.shape} for x of shape {x.shape}; return "
             f"({x.shape[0]}, features), a row for each token, or set row_for_row = False in the class if "
-            "its rows are no tokens"
+            "its rows are not tokens"
         )
     if y.dtype != x.dtype and x.dtype.kind not in _INTEGERS:
         raise ShapeError(
@@ -39,7 +39,7 @@ def check_output(layer: Any, x: Any, y: Any) -> None:
 
 
 def check_input_gradient(layer: Any, shape: Any, dtype: Any, dx: Any) -> None:
-    """Refuse what a layer's backward has returned, unless it is like its x, of this shape and dtype."""
+    """Refuse the result of a layer's backward, unless it has the shape and the dtype of its x."""
     if dtype.kind in _INTEGERS:
         return
     if not (hasattr(dx, "shape") and hasattr(dx, "dtype")):
@@ -60,12 +60,12 @@ def check_input_gradient(layer: Any, shape: Any, dtype: Any, dx: Any) -> None:
 
 
 def check_gradient_shape(parameter: Any, gradient: Any) -> None:
-    """Refuse to add a gradient that NumPy would stretch to the parameter's shape."""
+    """Refuse to add a gradient of another shape, which NumPy might broadcast to the parameter's."""
     shape = getattr(gradient, "shape", None)
     if shape != parameter.held_shape:
         what = _kind(gradient) if shape is None else f"shape {shape}"
         raise ShapeError(
-            f"{parameter.name}: its gradient was given as {what}; it has the parameter's shape, "
+            f"{parameter.name}: its gradient was given as {what}; it must have the parameter's shape, "
             f"{parameter.held_shape}"
         )
 
@@ -75,7 +75,7 @@ def check_product(parameter: Any, x: Any, dy: Any) -> None:
     if x.shape[1:] + dy.shape[1:] != parameter.held_shape or x.shape[0] != dy.shape[0]:
         raise ShapeError(
             f"{parameter.name}: weight_grad was given x {x.shape} and dy {dy.shape}; x.T @ dy has to have "
-            f"the parameter's shape, {parameter.held_shape}, and both a row for each token"
+            f"the parameter's shape, {parameter.held_shape}, and x and dy need a row for each token"
         )
 
 
@@ -89,7 +89,7 @@ def check_sum(parameter: Any, dy: Any) -> None:
 
 
 def tell_origin(error: Exception, layer: Any, x: Any, giver: Any) -> None:
-    """Say on an error in a layer's forward which layer made its x."""
+    """Add to an error in a layer's forward which layer made its x."""
     if giver is None:
         return
     origin = f"{layer.describe()} was given its x, of shape {x.shape}, by {giver.describe()}"

@@ -1,4 +1,4 @@
-"""A model of a user's own for verify: loaded from a Python file, and put on a mesh."""
+"""A user's own model for verify, which is loaded from a Python file and put on a mesh."""
 
 import importlib.util
 import sys
@@ -106,7 +106,9 @@ class OwnTrainer(Trainer):
     """Trains a user's model, not materialised yet.
 
     Args:
-        own: the model. config: the run's settings, but for those of the model. context: the mesh.
+        own: the model.
+        config: the run's settings, but for those of the model.
+        context: the mesh.
     """
 
     def __init__(self, own: OwnModel, config: RunConfig, context: ParallelContext) -> None:

@@ -22,9 +22,9 @@ class PieceTable(NamedTuple):
     Attributes:
         names: of the tensors.
         kinds: shape and dtype of each tensor.
-        rows: (n, 5 + 2 * dims) int64, a row for each of n pieces: its tensor's number, start and stop of
-            its flat range, its file's number, and the byte of the file where its values begin. Then (low,
-            high) of its box for each dim, filled up with zeros.
+        rows: (n, 5 + 2 * dims) int64, a row for each of n pieces. It begins with its tensor's number, start
+            and stop of its flat range, its file's number, and the byte of the file where its values begin.
+            Then comes (low, high) of its box for each dim, filled up with zeros.
     """
 
     names: list[str]

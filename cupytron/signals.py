@@ -1,4 +1,4 @@
-"""Signals that ask this process to stop: heard from the first moment on, and answered at once.
+"""Catches the signals that ask this process to stop, from the first moment on, and answers at once.
 
 It imports no NumPy, since a command listens before anything heavy is imported. What a signal means for a
 run is decided in stop.py.
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 AGAIN = 5.0  # seconds; launchers, terminals and Slurm deliver one signal twice within them
 _TWICE = 0.5  # seconds; a person who presses Ctrl-C again takes longer
 _FIRST = 0.7  # seconds that other ranks leave rank 0, so that one speaks
-_HARD = (signal.SIGINT, signal.SIGTERM)  # the second of these does not wait for a save
+_HARD = (signal.SIGINT, signal.SIGTERM)  # a second one of these ends the process without a save
 
 
 class Signals:
@@ -65,10 +65,10 @@ class Signals:
             return
         for number in SIGNALS:
             if number in self._before or signal.getsignal(number) == signal.SIG_IGN:
-                continue  # ignored: nohup, or a script's background job, meant that
+                continue  # ignored on purpose, by nohup or in a script's background job
             if number == signal.SIGTERM and launched_tasks() > 1 and not mpi_has_begun():
-                # so a launcher ends its ranks. Open MPI's hangs if one goes on with MPI_Init meanwhile,
-                # and there is nothing to save yet
+                # a launcher ends its ranks by SIGTERM. Open MPI's launcher hangs if a rank goes on with
+                # MPI_Init then, and there is nothing to save yet
                 continue
             self._before[number] = signal.signal(number, self._note)
 
@@ -105,7 +105,9 @@ class Signals:
             number: the signal.
             now: seconds of a clock.
         """
-        late = f"Ctrl-C or SIGTERM again, {AGAIN:g} s after the first or later: at once, without a save"
+        late = (
+            f"Ctrl-C or SIGTERM {AGAIN:g} s or more after the first stops at once, without a save"
+        )
         if not self._answered:
             self._answered = True
             self._say(f"{number.name}: stopping {self.when}; {late}")
@@ -145,7 +147,7 @@ _here: Signals | None = None  # of this process's command
 
 
 def here() -> Signals | None:
-    """What this process's command listens with, if it listens."""
+    """The Signals with which this process's command listens; None if it does not listen."""
     return _here
 
 

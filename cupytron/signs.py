@@ -24,7 +24,7 @@ _LARGEST = 4096  # bytes of a datagram
 
 
 class Sign(NamedTuple):
-    """How a rank is.
+    """The state of a rank.
 
     Attributes:
         rank: the rank.
@@ -66,7 +66,7 @@ class Signs:
         token: the word in this job's datagrams; "": a random one.
 
     Attributes:
-        first_answers: whether all other ranks talk to rank 0 alone, which answers; else all talk to all.
+        first_answers: whether the other ranks send to rank 0 only, which answers; else all send to all.
     """
 
     def __init__(self, rank: int, family: int = socket.AF_INET, token: str = "") -> None:
@@ -146,8 +146,8 @@ class Signs:
         self._socket.close()
 
     def _send(self, message: bytes, place: Any) -> None:
-        # a host's name may be unknown here, and a neighbour may not have begun, or have ended; the queue of
-        # one that is stopped fills up, and must not be waited for
+        # A host's name may be unknown here, and a neighbour may not have begun, or may have ended. The
+        # queue of a stopped neighbour fills up, and this rank must not wait for it.
         with contextlib.suppress(OSError):
             self._socket.sendto(message, socket.MSG_DONTWAIT, place)
 

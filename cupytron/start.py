@@ -32,10 +32,11 @@ def train(
     Args:
         config: the run's settings, from cupytron.load_config; config.data.path names the data set.
         out: the run's folder.
-        on_step: called after each step, on every rank, with the step's record as metrics.jsonl has it:
-            "step" (from 1), "loss" (nats a token, before the update), "lr", "grad_norm" (before
-            clipping), "tokens" (so far), "tokens_per_second" and "elapsed_seconds". If it returns False,
-            the run saves and stops. If it raises, the run ends at once, without a save.
+        on_step: called after each step, on every rank, with the step's record; metrics.jsonl has rank 0's.
+            Its keys are "step" (from 1), "loss" (nats a token, before the update), "lr", "grad_norm"
+            (before clipping), "tokens" (so far), "tokens_per_second" and "elapsed_seconds"; others are in
+            docs/python.md. If it returns False, the run saves and stops. If it raises, the run ends at
+            once, without a save.
         resume: "auto", or "never": refuse a folder that holds checkpoints.
         init_from: a run whose weights a new run starts from; give it to load_config, too.
         init_checkpoint: which of that run's: "best" (the last if none was evaluated), "last" or a step.

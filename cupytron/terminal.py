@@ -1,7 +1,7 @@
-"""What a command shows while it works: one line that renews itself on a terminal, plain lines elsewhere.
+"""Shows a command's progress: one line that renews itself on a terminal, plain lines elsewhere.
 
-A thread reads cupytron.progress, where the work says what it does. So whatever lasts longer than LONG is
-shown, with how much of it is done, and no work has to print anything.
+The work reports its phases to cupytron.progress, and a thread reads them there. So each phase that lasts
+longer than LONG is shown, with how much of it is done, and the work itself prints nothing.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ from cupytron.printable import printable
 from cupytron.progress import Doing
 
 LONG = 2.0  # seconds after which a phase is shown
-EVERY = (
-    10.0  # seconds between plain lines about one phase, at least; they double each time, up to MOST
-)
+# least seconds between plain lines about one phase; they double each time, up to MOST
+EVERY = 10.0
 MOST = 300.0
 _TICK = 0.5  # seconds
 
@@ -51,7 +50,7 @@ def clock(seconds: float) -> str:
 
 
 def doing_fields(doing: Doing) -> Iterator[Field]:
-    """A phase that lasts: its name, how much of it is done, and the time that is left or has gone by."""
+    """A long phase: its name, how much of it is done, and the time that is left or has passed."""
     if doing.phase == "in the step":
         yield Field(f"in step {doing.step + 1}")
     else:
@@ -73,11 +72,11 @@ class Display:
 
     Args:
         quiet: show nothing.
-        live: False: plain lines always. A launcher may show a terminal where there is none.
+        live: False: always plain lines, since a launcher may make a pipe look like a terminal.
         stderr: write there in place of stdout, which is for results.
 
     Attributes:
-        quiet: whether nothing is shown, because it was asked for or nobody is there to read it.
+        quiet: whether nothing is shown, as the caller asked, or since nobody can read it.
     """
 
     def __init__(self, quiet: bool = False, live: bool = True, stderr: bool = False) -> None:
@@ -134,7 +133,7 @@ class Display:
         return printable(fit(fields, width)) if fields else ""
 
     def _tell(self) -> None:
-        """Write a plain line about each phase that lasts, ever more seldom."""
+        """Write plain lines about each long phase, at growing intervals."""
         phase, pause = (0, ""), EVERY
         while not self._closed.wait(_TICK):
             doing = progress.doing()
@@ -145,7 +144,7 @@ class Display:
                 self.line(fit(list(doing_fields(doing))))
 
     def _give_up(self) -> None:
-        """The terminal or the pipe has gone: that must not end the run."""
+        """Show no more, since the terminal or the pipe has gone. That must not end the run."""
         self.quiet, self._live = True, False
         self._closed.set()
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -190,7 +189,7 @@ class Progress(Display):
         self._first: int | None = None
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a training record: what a person waits for; metrics.jsonl has the rest."""
+        """Show the parts of a training record that a person waits for; metrics.jsonl has the rest."""
         if self._first is None:
             self._first, self._began = record["step"], time.monotonic()
         self._fields = [

@@ -1,4 +1,4 @@
-"""From sources to ids, in batches of pieces: the library encodes those of a batch at once, on threads."""
+"""Encodes sources in batches of pieces; the library encodes the pieces of a batch at once, on threads."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -53,9 +53,9 @@ class Encoder:
         notes = [self.check.note] if self.check and self.check.note else []
         if self._unproved:
             notes.append(
-                f"texts had to be cut at {self._unproved:,} places where their ids may differ from "
-                "those of the whole document; there, about a million characters had no place for a cut, "
-                "and no token that two pieces have in common"
+                f"texts had to be cut at {self._unproved:,} places, where their ids may differ from "
+                "those of the whole document; about a million characters had no place for a cut, and two "
+                "pieces had no token in common"
             )
         return notes
 
@@ -104,7 +104,7 @@ def _pieces(parts: Iterable[Part], tokenizer: Tokenizer) -> Iterator[tuple[bool,
 
 
 def _batches(pieces: Iterable[tuple[bool, Piece]]) -> Iterator[list[tuple[bool, Piece]]]:
-    """Groups of pieces: the tokenizers library encodes those of a group at once, on threads."""
+    """Groups of pieces; the tokenizers library encodes the pieces of a group at once, on threads."""
     batch: list[tuple[bool, Piece]] = []
     size = 0
     for piece in pieces:

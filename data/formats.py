@@ -1,4 +1,4 @@
-"""Files that hold text in a form that is not read here, and how to turn them into one that is."""
+"""File formats that are not read here, and how to convert them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,8 @@ class Format(NamedTuple):
         suffixes: of the files' names.
         magic: the possible bytes at `offset`; empty if a text could have them there.
         way_out: how to convert the file; {path} and {load} stand for it and for the call that loads it.
-        columns: whether such files hold data sets only, so that a folder with one of them is a data set.
-        one_file: whether it is one compressed file, whose program takes no other suffix.
+        columns: whether such files always hold data sets, so that a folder with one of them is a data set.
+        one_file: whether it is a single compressed file, whose program accepts no other suffix.
         offset: where `magic` stands.
     """
 

@@ -1,7 +1,7 @@
-"""Whether ids keep every byte of their text, so that bytes can be counted from the ids.
+"""Checks that ids keep every byte of their text, so that bytes can be counted from the ids.
 
-Many parts of a tokenizer drop or add text, and each does so for other texts: normalizers, pre-tokenizers,
-added tokens with `lstrip`, symbols that the vocabulary lacks. So no list of such parts is kept. Instead,
+Many parts of a tokenizer drop or add text: normalizers, pre-tokenizers, added tokens with `lstrip`, and
+symbols that the vocabulary lacks. Each does so for other texts, so there is no list of such parts. Instead,
 each text that is encoded is compared with the bytes of its ids.
 """
 

@@ -1,4 +1,4 @@
-"""From the paths that the user gives to sources: files, and folders of files."""
+"""Makes sources of the paths that the user gives: files, and folders of files."""
 
 import os
 from collections.abc import Collection, Iterator

@@ -1,4 +1,4 @@
-"""Documents cut into pieces to be encoded, and the ids of the pieces joined to those of the document.
+"""Cuts documents into pieces to be encoded, and joins the ids of the pieces to those of the document.
 
 To encode a text, the tokenizers library takes many times the text's memory, and longer per character for
 long texts. So documents are cut, in one of two ways, and neither changes a document's ids:
@@ -6,8 +6,8 @@ long texts. So documents are cut, in one of two ways, and neither changes a docu
 - At a place where the tokenizer splits every text (`places_of`), if its pre-tokenizer is known to do so.
   Each piece is encoded by itself.
 - Anywhere, with another tokenizer, or in a long stretch of text without such a place. Two neighbours then
-  share some text. They are joined at a token that both have, with the same id at the same place. For BPE
-  whose merges stand in the order in which they were learnt this is exact: if no merge crosses the edges of
+  share some text. They are joined at a token that both have, with the same id at the same place. This is
+  exact for BPE whose merges stand in the order in which they were learnt. If no merge crosses the edges of
   a token in either piece, none does in the document. For other models it is not proved, and relies on the
   distance between that token and the cuts. If two pieces have no token in common, they are encoded as one.
   If that would exceed about a million characters, they are cut all the same, and the user is told.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # in characters
-_PIECE = 1 << 13  # a piece is cut at the first place after as many
+_PIECE = 1 << 13  # a piece ends at the first place after so many characters
 _LONGEST_PIECE = 1 << 16
 _OVERLAP = 1 << 10
 _LONGEST_JOINED = 1 << 20

@@ -1,4 +1,4 @@
-"""The token between documents: which one a tokenizer file of Hugging Face has.
+"""Finds the token between documents in a tokenizer file of Hugging Face.
 
 A separator is chosen once, when a data set is prepared. The choice is written into tokenizer.json as a mark
 on one of its added tokens; the tokenizers library ignores the mark. So the hash of tokenizer.json covers

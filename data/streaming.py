@@ -14,9 +14,9 @@ class WindowDecoder(StreamDecoder):
     Args:
         decode: returns the text of ids.
         prompt: ids whose text is known already.
-        byte_ids: ids that stand for one byte each. The library decodes neighbours among them together:
+        byte_ids: ids that stand for one byte each. The library decodes neighbours among them together, and
             one wrong byte turns all of them into replacement characters. So they are held back until an
-            id follows that is none.
+            id of another kind follows.
     """
 
     def __init__(

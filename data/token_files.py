@@ -1,9 +1,9 @@
-"""Files of token ids, and where the type of their ids is said.
+"""Files of token ids, and where the type of their ids comes from.
 
-.npy             numpy.save; the header says the type
-.bin of llm.c    a header of 256 int32 says type and number
-.bin and .idx    Megatron-LM; the index says the type
-any other .bin   ids alone: uint16, as nanoGPT writes them, or what --bin-dtype says
+.npy             numpy.save; the header has the type
+.bin of llm.c    a header of 256 int32 has type and number
+.bin and .idx    Megatron-LM; the index has the type
+any other .bin   only ids: uint16, as nanoGPT writes them, or the type that --bin-dtype gives
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8
 _LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 _LLMC_HEADER_BYTES = 1024
 _TINY = (0, 15)  # upper halves of ids below 2^16, and below 2^20
-_FEWEST = 16  # words above a limit that it takes to call ids wider
+_FEWEST = 16  # least number of words above a limit for which ids count as wider
 
 
 class _Layout(NamedTuple):
@@ -48,8 +48,8 @@ class TokenFile:
 
     Args:
         path: the file.
-        bin_dtype: one of BIN_DTYPES, for a .bin file that says nothing itself; None: uint16, unless the
-            ids look like wider ones.
+        bin_dtype: one of BIN_DTYPES, for a .bin file that does not name its type; None: uint16, unless the
+            ids look wider.
 
     Attributes:
         note: a line for the user, or None.
@@ -90,7 +90,7 @@ class TokenFile:
                 first = False
 
     def _says(self, block: bytes) -> _Layout | None:
-        """The layout that the file itself, or an index beside it, says; None: neither says one."""
+        """The layout according to the file itself, or to an index beside it; None: neither has one."""
         if block.startswith(_NUMPY_MAGIC):
             return _numpy_layout(self.path, self.num_bytes)
         if self.path.suffix.lower() == ".npy":
@@ -167,10 +167,10 @@ def _llmc_layout(path: Path, block: bytes, num_bytes: int) -> _Layout | None:
 def _refuse_wider(path: Path, block: bytes, num_bytes: int) -> None:
     """Refuse ids of 32 or 64 bits that would be read as uint16.
 
-    The upper half of a 32-bit id is 0 for ids below 2^16, and at most 15 for ids below 2^20. So a file is
-    refused if, for t = 0 or t = 15, at least 16 of its first words are larger than t, and all of these
-    stand at even places. In uint16 ids places mean nothing, so k such words all stand at even places with
-    a probability of about 2^-k: at most 3e-5 in all, and 1e-300 for 1,000 words. It is different where
+    The upper half of a 32-bit id is 0 for ids below 2^16, and at most 15 for ids below 2^20. Let t be 0 or
+    15. A file is refused if at least 16 of its first words are larger than t, and all of these stand at
+    even places. In uint16 ids places mean nothing, so k such words all stand at even places with a
+    probability of about 2^-k. That is at most 3e-5 in all, and 1e-300 for 1,000 words. It is different if
     every second id is the same, as with one letter on each line; the message says what to do then.
     """
     words = np.frombuffer(block[: len(block) // 4 * 4], "<u2")

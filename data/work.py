@@ -1,11 +1,11 @@
-"""A hidden folder beside an output: the output is made in it, and gets its name when it is whole.
+"""A hidden folder beside an output. The output is made in it, and gets its name when it is whole.
 
 If a process is killed, the next process with the same output removes the folder. A lock in it tells whether
 its owner still lives: the system releases the lock when the owner ends, in whatever way.
 
     .NAME.01234567.tmp/lock    locked as long as its owner lives
     .NAME.01234567.tmp/new     the output, until it is whole
-    .NAME.01234567.tmp/old     what had the output's name before, where names cannot be exchanged
+    .NAME.01234567.tmp/old     the folder that had the output's name, where names cannot be exchanged
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class WorkFolder:
         _bring_back(self.path, self.out)
         self.notes += _remove(self.path)
         with contextlib.suppress(OSError):
-            # a network file system may tell of an error here, when all is done
+            # a network file system may report an error here, when the work is done
             self._lock.close()
 
     def place_of(self, file: str) -> Path | None:
@@ -87,7 +87,7 @@ class WorkFolder:
         if not self.out.exists() or not any(self.out.iterdir()):
             self.new.rename(self.out)
         elif not exchange(self.new, self.out):
-            # after a kill between these two nothing has the name: `remove_dead` brings the old folder back
+            # after a kill between these two lines nothing has the name; `remove_dead` restores the old one
             self.out.rename(self.path / "old")
             self.new.rename(self.out)
         for folder in (self.out.parent, self.path):

@@ -169,7 +169,12 @@ PLANTED = {
     "overwritten": (Overwritten, "bias", "overwritten", "overwrites its gradient; add to it"),
     "an activation": (Tanh, "x", "derivative", "derivative of an activation is missing"),
     "a saved array": (Square, "x", "elementwise", "a wrong array in the stash"),
-    "a saved array of a product": (WrongSaved, "weight", "other", "compare what forward pushes"),
+    "a saved array of a product": (
+        WrongSaved,
+        "weight",
+        "other",
+        "compare the arrays that forward pushes",
+    ),
     "a mask": (Mask, "x", "mask", "a mask .* is missing"),
     "an axis": (Centred, "x", "wrong axis", "mixes tokens that forward keeps apart"),
     "nothing": (Nothing, "x", "nothing", "no gradient at all"),

@@ -133,9 +133,10 @@ def fingerprint(values: Any) -> int:
 
     A row with one wrong word always has another checksum, since an odd number times the difference is never
     0 mod 2^64. In a row with several wrong words the differences cancel with a probability of about
-    2^(v - 63), where v is the number of the lowest wrong bit in any of them. So an error is likely to stay
-    hidden only if in every wrong row the highest bits alone are wrong, such as two signs of float64. If a
-    whole tensor changes its sign, the odd number of words in a row keeps the differences from cancelling.
+    2^(v - 63). Here v is the number of the lowest wrong bit in any of the words. So an error is likely to
+    stay hidden only if in every wrong row the highest bits alone are wrong, such as two signs of float64.
+    If a whole tensor changes its sign, the odd number of words in a row keeps the differences from
+    cancelling.
     """
     crc, size = 0, _BLOCK // values.dtype.itemsize
     for start in range(0, len(values), size):
