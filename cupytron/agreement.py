@@ -1,4 +1,4 @@
-"""Ranks compare what they see of a run's checkpoints, before they use one of them together.
+"""Ranks compare their views of a run's checkpoints, before they use one of them together.
 
 A network file system may show old lists of names for seconds. So ranks that see different things look again
 for a while. If they still differ, all of them refuse with one error, which names the rank.

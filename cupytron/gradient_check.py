@@ -36,7 +36,7 @@ class WrongGradient(CupytronError):
 
 
 class Finding(NamedTuple):
-    """What is wrong with one tensor's gradient.
+    """The mistake in one tensor's gradient.
 
     Attributes:
         tensor: "x", or a parameter's name; in a chain with the layer's.
@@ -44,8 +44,8 @@ class Finding(NamedTuple):
         kind: a word, such as "factor".
         text: a sentence about the mistake.
         entry: the worst of the entries that were looked at; None if none was.
-        given: what backward gives there.
-        wanted: what finite differences give there.
+        given: the value from backward there.
+        wanted: the value from finite differences there.
     """
 
     tensor: str
@@ -65,12 +65,12 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What check_gradient found.
+    """The result of check_gradient.
 
     Attributes:
         layer: class and name.
         errors: the relative error of each tensor's gradient, by name.
-        findings: what is wrong, the worst first.
+        findings: the mistakes, the worst first.
     """
 
     layer: str
@@ -145,7 +145,7 @@ def check_gradient(
     layer = copy.deepcopy(layer)
     layer.materialize(seed, np.float64)
     if isinstance(layer, Chain):
-        layer.unwatch()  # the report names what gets no gradient
+        layer.unwatch()  # the report names the parameters without a gradient
     for _, parameter in layer.named_parameters():
         parameter.data += MOVE * rng.normal(size=parameter.data.shape)
     x = rng.normal(size=shape) if vocab_size is None else rng.integers(0, vocab_size, shape)
@@ -253,7 +253,7 @@ def _check(
     tolerance: float,
     explain: bool = True,
 ) -> tuple[dict[str, float], list[Finding]]:
-    """The errors of a layer's gradients, and what is wrong.
+    """The errors of a layer's gradients, and the findings.
 
     Args:
         explain: look for the kind of mistake; otherwise it is "other".

@@ -36,7 +36,7 @@ def kind_of(
     Args:
         case: the gradient_check.Case, for more slopes.
         tensor: name of the tensor whose gradient is wrong.
-        gradient: what backward gave.
+        gradient: the one that backward gave.
         directions: of the slopes, which finite differences gave.
         slopes: one for each direction.
         gives: some entries of the gradient.
@@ -70,7 +70,7 @@ def _factor(
     case: Any, gradient: Any, directions: Sequence[Any], slopes: Any, fits: Callable[[Any], bool]
 ) -> Iterator[Kind]:
     found = np.array([(gradient * v).sum() for v in directions])
-    factor = float(found @ slopes) / float(slopes @ slopes or 1)  # given, of what is right
+    factor = float(found @ slopes) / float(slopes @ slopes or 1)  # given / right
     if abs(factor) < 1e-12 or not fits(gradient / factor):
         return
     if abs(factor + 1) < CLOSE:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-Note = Callable[[int, str], None]  # such as `note`: (the last step that is done, what comes next)
+Note = Callable[[int, str], None]  # such as `note`: (the last step that is done, the next phase)
 
 # values of `waits_for` while MPI begins or ends, and takes no other calls
 MPI_ITSELF = ("MPI_Init", "MPI_Finalize")
@@ -74,7 +74,7 @@ def beat() -> None:
 
 
 def note(step: int, phase: str) -> None:
-    """Say the last step that is done, and what comes next; that is a beat, too."""
+    """Report the last step that is done, and the next phase; that is a beat, too."""
     if (step, phase) != (_now.step, _now.phase):
         _now.began, _now.count = time.monotonic(), None
     _now.step, _now.phase = step, phase
@@ -82,12 +82,12 @@ def note(step: int, phase: str) -> None:
 
 
 def phase(text: str) -> None:
-    """Say what comes next, after the same step as before; that is a beat, too."""
+    """Report the next phase, after the same step as before; that is a beat, too."""
     note(_now.step, text)
 
 
 def count(done: int, total: int, unit: str) -> None:
-    """Say how much of the phase's work is done; that is a beat, too.
+    """Report how much of the phase's work is done; that is a beat, too.
 
     Args:
         done: how much of `total`. If it is less than before, another piece of work has begun, such as the
@@ -151,7 +151,7 @@ def count_files() -> None:
     sys.addaudithook(hear)
 
 
-# what the terminal asks for
+# for the terminal
 
 
 class Doing(NamedTuple):
@@ -178,7 +178,7 @@ def doing() -> Doing:
     return Doing(_now.step, _now.phase, now - _now.began, count, waits_for())
 
 
-# what the watchdog asks for
+# for the watchdog
 
 
 def beats() -> int:
@@ -192,12 +192,12 @@ def slow() -> bool:
 
 
 def waits_for() -> str:
-    """What this rank waits for, such as "all_reduce on dp"; "" if it waits for nobody."""
+    """The operation that this rank waits for, such as "all_reduce on dp"; "" if there is none."""
     return _now.waits_for or (_now.groups.operation if _now.groups is not None else "") or ""
 
 
 def where() -> str:
-    """The step, the phase, and what this rank waits for, for messages."""
+    """The step, the phase, and the operation that this rank waits for, for messages."""
     waits = waits_for()
     parts = [f"after step {_now.step}", _now.phase]
     parts += [f"waiting in {waits}"] if waits else []

@@ -53,7 +53,7 @@ class RunCheckpoints:
         """Whether the run has saved a checkpoint that should still be there."""
         return self.saved.exists()
 
-    # what all ranks see
+    # the view that all ranks share
 
     def agreed_steps(self, world: Communicator | None = None) -> list[int]:
         """Rank 0's steps, once all ranks see the same newest one. Collective.
@@ -143,7 +143,7 @@ class RunCheckpoints:
 
         Args:
             which: "last", "best", "best or last" (the last if no loss is known), or a step.
-            warn: hears of damaged checkpoints that are passed over, the same on every rank.
+            warn: called on every rank with a line for each damaged checkpoint that is passed over.
             work: called with the checkpoint. If it raises GoneCheckpoint, all ranks must.
             world: the ranks; None: this process alone.
 
@@ -199,7 +199,7 @@ class RunCheckpoints:
         )
 
     def newest(self, warn: Warn, world: Communicator | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is whole; `warn` hears of each newer one that is damaged. Collective.
+        """The newest whole checkpoint; `warn` is called for each newer one that is damaged. Collective.
 
         Returns: None if none is whole, or there is none.
 
@@ -289,7 +289,7 @@ class RunCheckpoints:
 
 
 def _opened(place: Path) -> Checkpoint:
-    """The checkpoint of a run in a folder: its seal is whole, and what it seals has the right types."""
+    """The checkpoint of a run in a folder; its seal is whole, and the values have the right types."""
     found = Checkpoint(place)
     check_types(place, found.about)
     return found

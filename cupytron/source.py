@@ -40,7 +40,7 @@ class Source:
         Args:
             model: the new run's, resolved.
             dataset: the new run's.
-            warn: hears of damaged checkpoints that are passed over.
+            warn: called with a line for each damaged checkpoint that is passed over.
 
         Raises:
             ConfigError, CheckpointError: as take_weights.
@@ -90,7 +90,7 @@ def check_weights(found: Checkpoint, model: ModelConfig, dataset: Dataset) -> No
     Another context length is accepted if positions are not a table of weights.
 
     Raises:
-        ConfigError: saying what differs, and which setting to leave out.
+        ConfigError: it says which settings differ, and which to leave out.
     """
     check_tokenizer(found, dataset)
     different = model_differences(found, model)

@@ -148,7 +148,7 @@ class Display:
         self.quiet, self._live = True, False
         self._closed.set()
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        # what is still buffered goes there when the process ends
+        # text that is still buffered goes there when the process ends
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 

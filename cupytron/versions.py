@@ -11,7 +11,7 @@ _SOURCES = (".py", ".cu", ".cuh", ".toml")
 
 
 class Program(NamedTuple):
-    """What a rank tells the others of its program: its machine's name, and `running()`."""
+    """A rank's program, as the other ranks compare it: its machine's name, and `running()`."""
 
     host: str
     versions: dict[str, str]

@@ -11,7 +11,7 @@ class Format(NamedTuple):
     """A file format.
 
     Attributes:
-        what: what such a file is, for messages.
+        what: the name of such a file, for messages.
         suffixes: of the files' names.
         magic: the possible bytes at `offset`; empty if a text could have them there.
         way_out: how to convert the file; {path} and {load} stand for it and for the call that loads it.

@@ -99,7 +99,7 @@ def remove_dead(out: Path, report: Callable[[str], None]) -> list[str]:
 
     Args:
         out: the output.
-        report: hears what is done, a line each.
+        report: called with a line for each thing that is done.
 
     Returns: notes on folders that had to stay, a line each.
     """
