@@ -171,7 +171,7 @@ class Checkpoint:
                 "cupytron reads; use the version that wrote it"
             )
         if type(version) is not int or version < 1:
-            raise DamagedCheckpoint(f"{folder}: {MANIFEST} lacks or garbles 'format'")
+            raise DamagedCheckpoint(f"{folder}: {MANIFEST} has a missing or wrong entry: 'format'")
         self._files = CheckpointFiles(folder, manifest)
         self.files = {
             name: (int(f["bytes"]), str(f["sha256"])) for name, f in self.about["files"].items()
@@ -179,7 +179,7 @@ class Checkpoint:
         try:
             self.step = int(self.about["step"])
         except (KeyError, TypeError, ValueError) as error:
-            raise self._files.damaged(f"{MANIFEST} lacks or garbles {error}") from None
+            raise self._files.damaged(f"{MANIFEST} has a missing or wrong entry: {error}") from None
         self._tensors: dict[str, Pieces] | None = None  # None: no list has been read yet
         self._tiled: set[str] = set()  # tensors whose pieces have been compared
         self._verified = False

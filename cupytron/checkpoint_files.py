@@ -72,7 +72,7 @@ class CheckpointFiles:
         try:
             self._entries = _entries_1(body) if body["format"] == 1 else _entries_2(body)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self.damaged(f"{MANIFEST} lacks or garbles {error}") from None
+            raise self.damaged(f"{MANIFEST} has a missing or wrong entry: {error}") from None
         self._held: dict[str, BufferedReader] = {}  # open files by their names
 
     def hold(self) -> None:

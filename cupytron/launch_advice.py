@@ -18,7 +18,7 @@ def remedy(open_mpi: bool) -> str:
         )
     kind, name = ("pmix", "Open MPI") if open_mpi else ("pmi2", "MPICH")
     return (
-        f"under Slurm {name} is started by srun --mpi={kind} (srun --mpi=list says what there is), or by "
+        f"under Slurm {name} is started by srun --mpi={kind} (srun --mpi=list shows the choices), or by "
         "its own mpirun inside sbatch; or name another library in MPI4PY_LIBMPI"
     )
 
@@ -56,6 +56,6 @@ def lone_process_in_allocation() -> str | None:
     if started_by_srun or not tasks.isdecimal() or int(tasks) < 2:
         return None
     return (
-        f"Slurm has given this job {tasks} tasks, and this is one process on one of them; to use all "
+        f"Slurm has given this job {tasks} tasks, and this is one process on one of them; to use all, "
         f"put srun before the command ({_SRUN}), or the library's own mpirun"
     )

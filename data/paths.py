@@ -17,7 +17,7 @@ _LINK = (
     "link to a folder (give the folder by name)",
     "links to folders (give the folders by name)",
 )
-_SPECIAL = "name of no regular file", "names of no regular files"
+_SPECIAL = "pipe, device or broken link", "pipes, devices or broken links"
 _TOKENS = "file of token ids (give it by name)", "files of token ids (give them by name)"
 _PACKED = "compressed file (unpack it first)", "compressed files (unpack them first)"
 _JSON = (

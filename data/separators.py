@@ -85,5 +85,5 @@ def require(name: str, vocabulary: Collection[str], added: Collection[str]) -> N
         name, vocabulary, 3, 0.8
     )
     other = ", ".join(near or sorted(added)[:8])
-    hint = f"; {'near' if near else 'its special'} names: {other}" if other else ""
-    raise DataError(f"separator={name}: is no token of the tokenizer{hint}")
+    hint = f"; {'similar' if near else 'its special'} names: {other}" if other else ""
+    raise DataError(f"separator={name}: is not a token of the tokenizer{hint}")

@@ -76,7 +76,7 @@ class TokenFile:
         self._dtype, self._start = layout.dtype, layout.start
         if (self.num_bytes - self._start) % self._dtype.itemsize:
             raise DataError(
-                f"{path}: {self.num_bytes - self._start} bytes is no whole number of "
+                f"{path}: {self.num_bytes - self._start} bytes are not a whole number of "
                 f"{self._dtype.name} tokens; give the type of its ids with --bin-dtype (or was it cut "
                 "short?)"
             )
@@ -108,7 +108,7 @@ class TokenFile:
                 f"{index}: its type of ids, {code}, is not known, or is no integer type"
             )
         self.note = (
-            f"{self.path}: the documents' ends in {index.name} are not used; where its ids hold no "
+            f"{self.path}: the documents' ends in {index.name} are not used; if its ids hold no "
             "separator, documents run together"
         )
         return _Layout(np.dtype(_MEGATRON_DTYPES[code]).newbyteorder("<"), 0, index.name)
@@ -131,7 +131,7 @@ def _numpy_layout(path: Path, num_bytes: int) -> _Layout:
         raise DataError(f"{path}: cannot be read as an array of NumPy: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
-            f"{path}: an array of {array.dtype.name} of shape {array.shape}, and no list of whole "
+            f"{path}: an array of {array.dtype.name} of shape {array.shape}, not a list of whole "
             "numbers; save the ids as one: numpy.save(path, ids.ravel().astype('uint32'))"
         )
     if array.offset + array.nbytes != num_bytes:

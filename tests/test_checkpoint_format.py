@@ -123,7 +123,7 @@ def test_a_later_format_is_no_damage(tmp_path, version):
 def test_a_format_that_nobody_wrote_is_damage(tmp_path, version):
     write(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).write_bytes(seal({**body_of(tmp_path / "a"), "format": version}))
-    with pytest.raises(DamagedCheckpoint, match="garbles 'format'"):
+    with pytest.raises(DamagedCheckpoint, match="missing or wrong entry: 'format'"):
         Checkpoint(tmp_path / "a")
 
 
@@ -279,7 +279,7 @@ def test_only_our_own_names_are_opened(tmp_path, name):
     body = body_of(tmp_path / "a")
     body["files"] = {name: body["files"][FILE]}
     (tmp_path / "a" / MANIFEST).write_bytes(seal(body))
-    with pytest.raises(DamagedCheckpoint, match="lacks or garbles a file's name"):
+    with pytest.raises(DamagedCheckpoint, match="has a missing or wrong entry: a file's name"):
         Checkpoint(tmp_path / "a")
 
 

@@ -180,7 +180,7 @@ BAD = [
     (["latin.txt"], {}, "not UTF-8 text at byte 1048577; .*iconv"),
     (["latin.txt"], {"tokenizer": "bpe:300"}, "not UTF-8 text at byte 1048577"),
     (["cut.txt"], {}, "not UTF-8 text at byte 1;"),
-    (["odd.bin"], {"vocab_size": 70}, "3 bytes is no whole number of uint16"),
+    (["odd.bin"], {"vocab_size": 70}, "3 bytes are not a whole number of uint16"),
     (["ids.bin"], {"vocab_size": 70}, "token 600001 has id 70, outside the vocabulary of 70"),
     (["ids.bin"], {}, "give --vocab-size N, or the tokenizer"),
     (["ids.bin"], {"tokenizer": "byte"}, "give --vocab-size N, or the tokenizer"),

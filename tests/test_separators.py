@@ -121,7 +121,9 @@ def test_another_token_is_chosen_by_name(tmp_path):
 
 def test_a_name_that_is_no_token_is_refused_with_near_ones(tmp_path):
     content = tokenizer_files.byte_level(special=["<|endoftext|>", "<|document|>"])
-    with pytest.raises(DataError, match=r"separator=<\|documents\|>.*near names: <\|document\|>"):
+    with pytest.raises(
+        DataError, match=r"separator=<\|documents\|>.*similar names: <\|document\|>"
+    ):
         prepare(tmp_path, content, "<|documents|>")
     with pytest.raises(DataError, match=r"separator=zzzz.*special names: <\|document\|>, <\|endof"):
         prepare(tmp_path, content, "zzzz")
@@ -188,7 +190,7 @@ def test_the_flag(tmp_path, monkeypatch, capsys):
     code, error = call("--separator", "<|doc|>")
     assert code == 2 and "is for --tokenizer FILE" in error
     code, error = call("--tokenizer", "tokenizer.json", "--separator", "<|docs|>")
-    assert code == 1 and "near names: <|doc|>" in error
+    assert code == 1 and "similar names: <|doc|>" in error
     assert not (tmp_path / "out").exists()
     assert "--separator TOKEN" in call("--tokenizer", "tokenizer.json")[1]
     words = ("--tokenizer", "tokenizer.json", "--separator", "<|doc|>", "--overwrite")
