@@ -336,3 +336,10 @@ def test_a_gradient_that_is_truly_zero_is_right():
             return dx
 
     assert cupytron.check_gradient(Centred(), (B * S, D)).ok
+
+
+def test_ids_outside_the_table_are_told():
+    with pytest.raises(
+        cupytron.CupytronError, match=r"vocab_size=12: Embedding.* no row for an id"
+    ):
+        cupytron.check_gradient(nn.Embedding(V, D), (100,), vocab_size=V + 1)
