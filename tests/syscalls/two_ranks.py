@@ -48,6 +48,12 @@ class RankBench(Bench):
         return Ended(process.returncode, output, shim.read_log(Path(f"{self._log}.{rank}")))
 
 
+def _step(path: str) -> set[int]:
+    """The step of a checkpoint's final name; empty for other paths."""
+    found = re.search(r"/step-(\d+)$", path)
+    return {int(found[1])} if found else set()
+
+
 class TrainOnTwoRanks(Train):
     """A run of two replicas from its first step."""
 
@@ -63,9 +69,14 @@ class TrainOnTwoRanks(Train):
         return super().command("train.micro_batch=1", *settings)
 
     def promise(self, calls: list[Call], ended: bool) -> int:
-        """The newest step whose checkpoint has its name."""
-        named = (re.search(r"/step-(\d+)$", c.other) for c in calls if c.result >= 0)
-        return max([0, *(int(match[1]) for match in named if match)])
+        """The newest step whose checkpoint got its name; a save that fails takes the name back."""
+        named = {0}
+        for call in calls:
+            if call.result >= 0:
+                named |= _step(call.other)
+                if "/.tmp-" in call.other:
+                    named -= _step(call.path)
+        return max(named)
 
     def wrong_failure(self, ended: Ended) -> Iterator[str]:
         if ended.code == 0:
