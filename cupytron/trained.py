@@ -26,6 +26,7 @@ from cupytron.model import Transformer
 from cupytron.parallel.pipeline import Pipeline
 from cupytron.parallel.plan import build
 from cupytron.progress import Note, unwatched
+from cupytron.room import check_room
 from cupytron.run_folder import RunFolder
 from cupytron.sealed_schema import OF_MODEL, check_keys
 from cupytron.together import together
@@ -292,6 +293,7 @@ def _load_from(
         check_gpu(config, training=False)
     parallel = config.parallel.model_copy(update={"zero": zero, "sp": False})
     config = config.model_copy(update={"parallel": parallel})
+    check_room(config, config.model, context, training=False)
     _, shards = build(config, config.model, context, training=False)
     # a CPU has no use for 16 bits
     compute_dtype = config.compute_dtype if context.device.gpu else config.train.dtype

@@ -18,6 +18,7 @@ from cupytron.parallel.data import count_targets
 from cupytron.parallel.pipeline import Pipeline, Work, cut
 from cupytron.parallel.plan import build
 from cupytron.parallel.zero import Zero
+from cupytron.room import check_room
 from cupytron.together import together
 
 
@@ -54,7 +55,7 @@ class Trainer:
         context: the mesh; None: this process alone.
 
     Raises:
-        CupytronError: the model or the batch does not fit the mesh.
+        CupytronError: the model or the batch does not fit the mesh, or the model no memory.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
 
     def build_model(self, model: ModelConfig) -> tuple[Any, Zero]:
         """The model on the mesh, not materialised."""
+        check_room(self.config, model, self.context)
         return build(self.config, model, self.context)
 
     def materialize(self, initial: bool = True) -> None:

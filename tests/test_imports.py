@@ -47,10 +47,9 @@ LAYERS = [
     {"parallel", "optim"},
     {"sampling"},
     {"gpu", "graph", "gpu_step"},
-    {"trainer", "generate", "run_checkpoints", "run_folder"},
+    {"memory", "room", "trainer", "generate", "run_checkpoints", "run_folder"},
     {
         "stop",
-        "memory",
         "metrics",
         "trace",
         "bench",
