@@ -18,6 +18,7 @@ from cupytron.printable import UNPRINTABLE
 PRESETS = Path(__file__).parent / "presets"
 MAX_BYTES = 1 << 16  # settings are a page; more than this is the wrong file
 MAX_LINE = 1 << 13  # bytes; tomllib needs minutes for a key of a hundred thousand parts
+MOST_NESTED = 100  # tables in each other; Python cannot show a thousand of them
 PIPE_SECONDS = 10.0  # for a pipe to end
 SHOWN_CHARACTERS = 60
 _pipes: dict[str, bytes] = {}  # the text of each pipe that the command line has named
@@ -139,7 +140,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"{shown}: line {line} is not UTF-8; save the file as UTF-8") from None
     try:
-        return tomllib.loads(text)
+        return _parse(text)
     except tomllib.TOMLDecodeError as error:
         last = text.rstrip().count("\n") + 1
         reason = str(error).replace("at end of document", f"at line {last}, the last")
@@ -150,10 +151,29 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"{shown}: is not valid TOML: {show_text(reason, cut=False)}")
 
 
+def _parse(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: it is not TOML.
+        RecursionError: it is nested too deeply, if only by a key of very many parts.
+    """
+    found = tomllib.loads(text)
+    level: list[Any] = [found]
+    for _ in range(MOST_NESTED):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for each in inner for value in each if isinstance(value, dict | list)]
+        if not level:
+            return found
+    raise RecursionError
+
+
 def read_value(raw: str) -> Any:
     """A value in TOML's spelling; what is not TOML is a bare string."""
+    if len(raw) > MAX_LINE:
+        return raw
     try:
-        table = tomllib.loads(f"value = {raw}")
+        table = _parse(f"value = {raw}")
     except (ValueError, RecursionError):
         return raw
     # more keys: the text held a line break and another assignment

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(20)
         ("[a" + ".a" * 30_000 + "]\n", "line 1 is longer than 8192 bytes"),
         ("a=" + "[" * 8000, "nested too deeply"),
         ("a=" + "9" * 8000, "a number is too long"),
+        ("[model]\nd_model" + ".a" * 4000 + "=1\n", "nested too deeply"),
+        ("[model.d_model" + ".a" * 1000 + "]\n", "nested too deeply"),
     ],
 )
 def test_settings(tmp_path, text, words):
@@ -30,6 +32,17 @@ def test_settings(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words) as caught:
         load_config(file=tmp_path / "x.toml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("parts", [100, 1000, 4000, 50_000])
+def test_a_value_of_an_option_with_a_key_of_many_parts(parts):
+    """At 1,000 parts showing it was too much for Python, and at 50,000 reading it."""
+    with pytest.raises(ConfigError, match=r"model\.d_model=.*\.\.\.: must be a whole number$"):
+        load_config(overrides=["model.d_model={a" + ".a" * parts + "=1}"])
+
+
+def test_what_is_nested_as_people_nest_it_is_read():
+    assert config_io.read_value("{a.b.c = [[[1]]]}") == {"a": {"b": {"c": [[[1]]]}}}
 
 
 def test_thousands_of_unknown_keys_are_counted(tmp_path):
