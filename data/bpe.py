@@ -17,13 +17,11 @@ import numpy as np
 
 from . import separators
 from .errors import DataError
+from .limits import check_limits
 from .pieces import Piece, Tokens, cut, places_of
 from .streaming import WindowDecoder
 from .tokenizers import MAX_VOCAB_SIZE, SEPARATOR_TEXT, StreamDecoder, Tokenizer, to_utf8
 
-MOST_GROWTH = (
-    64  # times that replacements may make a text longer; those that people have make it three
-)
 BPE_SIZES = (257, 1 << 20)  # the smallest is 256 bytes and the separator
 
 
@@ -34,6 +32,7 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, content: dict[str, Any], where: str) -> None:
         library = _library()
+        check_limits(content, where)
         self.content = content
         self._where = where
         model = content.get("model")
@@ -44,11 +43,6 @@ class LibraryTokenizer(Tokenizer):
             live["model"] = {**model, "dropout": None} if "dropout" in model else model
         # would cut texts short, or fill them up
         live["truncation"] = live["padding"] = None
-        if (times := growth(content)) > MOST_GROWTH:
-            raise DataError(
-                f"{where}: its replacements can make a text {times:,} times as long; at most {MOST_GROWTH} "
-                "times is taken, since the result has to fit into memory; use another tokenizer"
-            )
         with self._guard():
             self._tokenizer = library.Tokenizer.from_str(json.dumps(live))
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -212,30 +206,6 @@ def _library() -> Any:
 def _tokens(encoding: Any, offset: int = 0) -> Tokens:
     places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + offset
     return Tokens(np.array(encoding.ids, np.uint32), places[:, 0], places[:, 1])
-
-
-def growth(content: dict[str, Any]) -> int:
-    """How many times longer a tokenizer's replacements can make a text: of its text, or of its tokens'.
-
-    A replacement of one character by n may apply to every character, and another one to its results.
-    """
-    times = {"normalizer": 1, "pre_tokenizer": 1, "decoder": 1}
-    for part in times:
-        pending = [content.get(part)]
-        while pending:
-            step = pending.pop()
-            if isinstance(step, list):
-                pending.extend(step)
-            elif isinstance(step, dict):
-                if step.get("type") == "Replace":
-                    pattern = step.get("pattern")
-                    literal = pattern.get("String") if isinstance(pattern, dict) else None
-                    # a pattern may match one character, or the place before it
-                    matched = len(literal) if isinstance(literal, str) and literal else 1
-                    longer = len(str(step.get("content", "")))
-                    times[part] *= max(1, -(-longer // matched))
-                pending.extend(value for value in step.values() if isinstance(value, dict | list))
-    return max(times.values())
 
 
 def _byte_level(

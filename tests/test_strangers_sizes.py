@@ -8,7 +8,7 @@ import pytest
 from cupytron import config_io, piece_table
 from cupytron.config import load_config
 from cupytron.data import DataError
-from cupytron.data.bpe import MOST_GROWTH, growth
+from cupytron.data.limits import MOST_GROWTH, growth
 from cupytron.data.tokenizers import load_tokenizer
 from cupytron.errors import ConfigError
 
@@ -74,16 +74,54 @@ def replace(text, content):
     return {"type": "Replace", "pattern": {"String": text}, "content": content}
 
 
-def test_replacements_that_multiply_a_text_are_refused(tmp_path):
-    steps = [replace("a", "a" * 100)] * 6
-    content = {
-        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
-        "normalizer": {"type": "Sequence", "normalizers": steps},
-    }
-    assert growth(content) == 100**6
+def regex(expression, content):
+    return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+def refused(tmp_path, **parts):
+    """Why a tokenizer with these parts is not taken."""
+    content = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, **parts}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=f"at most {MOST_GROWTH} times"):
+    with pytest.raises(DataError) as caught:
         load_tokenizer(tmp_path / "tokenizer.json")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "times"),
+    [
+        (sequence(*[replace("a", "a" * 100)] * 6), "more than a billion"),
+        (sequence(*[replace("a", "a" * 1000)] * 90), "more than a billion"),
+        (sequence(*[regex("", "a")] * 10), "1,024"),
+        (sequence(*[regex("(?=.)|x", "a")] * 10), "1,024"),
+        (sequence(*[{"type": "Prepend", "prepend": "a" * 1000}] * 2), "1,000,000"),
+        (sequence(*[{"type": "ByteLevel"}] * 20), "more than a billion"),
+    ],
+)
+def test_steps_that_multiply_a_text_are_refused(tmp_path, normalizer, times):
+    told = refused(tmp_path, normalizer=normalizer)
+    assert f"can make a text {times} times as long; at most {MOST_GROWTH} times" in told
+
+
+def test_a_pre_tokenizer_works_on_what_a_normalizer_has_made():
+    step = {"type": "ByteLevel"}
+    assert growth({"normalizer": step, "pre_tokenizer": step, "decoder": step}) == 16
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder"])
+def test_very_many_steps_are_refused(tmp_path, part):
+    told = refused(tmp_path, **{part: sequence(*[{"type": "Lowercase"}] * 5000)})
+    assert f"its {part} has 5,001 steps; at most 100 are taken" in told
+
+
+def test_megabytes_of_added_tokens_are_refused(tmp_path):
+    added = [{"id": n, "content": f"<{n}>{'x' * 3000}"} for n in range(1000)]
+    told = refused(tmp_path, added_tokens=added)
+    assert "its 1,000 added tokens have 3,004,890 characters; at most 1,048,576 are taken" in told
 
 
 @pytest.mark.parametrize(
@@ -91,13 +129,17 @@ def test_replacements_that_multiply_a_text_are_refused(tmp_path):
     [
         (None, 1),
         (replace(" ", "\u2581"), 1),  # SentencePiece's space
+        ({"type": "Prepend", "prepend": "\u2581"}, 1),
         (replace("``", '"'), 1),
-        ({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}, 1),
-        (replace("", "xy"), 2),
-        ({"type": "Sequence", "normalizers": [replace("a", "aaa"), replace("a", "aa")]}, 6),
+        (regex(" {2,}", "\u2581"), 1),
+        (regex(r"[\r\n]+", " "), 1),
+        (regex(r"\s+x", "y"), 1),
+        (regex(r"\s*", "y"), 2),
+        (replace("", "xy"), 3),
+        (sequence(replace("a", "aaa"), replace("a", "aa")), 6),
     ],
 )
-def test_how_much_longer_replacements_make_a_text(normalizer, times):
+def test_how_much_longer_steps_make_a_text(normalizer, times):
     assert growth({"normalizer": normalizer, "pre_tokenizer": None, "model": {}}) == times
 
 
