@@ -173,8 +173,27 @@ def prepare_for_run(run: str) -> "RunConfig":
     start = sealed_settings(Path(run))
     file = None if start else Path(run) / "config.toml"
     config = load_config(file=file, check=False, start=start)
-    prepare_process(config)
+    prepare_process(_with_fitting_kernel(config))
     return config
+
+
+def _with_fitting_kernel(config: "RunConfig") -> "RunConfig":
+    """A run's settings with a kernel that this processor has: the run may come from another machine."""
+    from cupytron import blas_kernels
+    from cupytron.launcher import launched_rank
+
+    kernel = config.parallel.blas_kernel
+    lacks = blas_kernels.missing(kernel, blas_kernels.flags())
+    if not lacks:
+        return config
+    if launched_rank() == 0:
+        say(
+            f"warning: the run's parallel.blas_kernel={kernel} is not used: this processor lacks "
+            f"{', '.join(lacks)}; auto is used in its place",
+            err=True,
+        )
+    parallel = config.parallel.model_copy(update={"blas_kernel": "auto"})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def check_model_mesh(config: "RunConfig", tp: int, pp: int) -> None:

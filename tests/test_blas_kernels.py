@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 
 from cupytron import blas_kernels
 from cupytron.blas_kernels import drop_unfit, fitting, missing
@@ -85,6 +86,24 @@ def test_the_option_is_refused_with_the_kernels_that_fit(tmp_path):
         "error: parallel.blas_kernel=SkylakeX: this processor lacks avx512"
     )
     assert "give auto, or one of" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_of_another_processor_is_evaluated(tmp_path):
+    """eval has no option that names another kernel."""
+    runs.run_here(
+        runs.make_data(tmp_path),
+        tmp_path / "run",
+        "train.max_steps=1",
+        "parallel.blas_kernel=SkylakeX",
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FAKE, "eval", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
+    assert "warning: the run's parallel.blas_kernel=SkylakeX is not used" in done.stderr
 
 
 def test_this_processor_is_read():
