@@ -125,8 +125,8 @@ def check_gradient(
         tolerance: largest error of a gradient, relative to its norm.
 
     Raises:
-        CupytronError: the arguments do not fit each other or the layer's table, or a layer returned an array
-            of another shape.
+        CupytronError: the arguments do not fit each other or the layer's table, or a layer returned an
+            array of another shape.
     """
     sequences = batch_size or (shape[0] if len(shape) == 3 else 1)
     tokens = math.prod(shape[:2]) if len(shape) == 3 else shape[0]
@@ -155,8 +155,8 @@ def check_gradient(
             layer.forward(x, Stash(batch).discarding())
         except IndexError as error:
             raise CupytronError(
-                f"vocab_size={vocab_size}: {layer.describe()} has no row for an id below it ({error}); give "
-                "the size that the layer was made with"
+                f"vocab_size={vocab_size}: {layer.describe()} has no row for an id below it ({error}); "
+                "give the size that the layer was made with"
             ) from error
     is_chain = isinstance(layer, Chain)
     errors, findings = _check(layer, x, batch, rng, tolerance, explain=not is_chain)
