@@ -140,6 +140,18 @@ def portions_changed(before: RunConfig, now: RunConfig) -> Iterator[str]:
         )
 
 
+def short_of_rate(config: RunConfig) -> Iterator[str]:
+    """A line if the run ends before the learning rate has come to optim.lr."""
+    optim, steps = config.optim, config.train.max_steps
+    if optim.warmup_steps > steps:
+        most = learning_rate(config, steps - 1)
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps}: the run ends at step {steps}, so the learning rate "
+            f"comes to {most:.3g}, not to optim.lr={optim.lr:.3g}; give fewer, such as "
+            f"--set optim.warmup_steps={steps // 10}"
+        )
+
+
 def small_data(config: RunConfig, dataset: Dataset, samples: int) -> Iterator[str]:
     """A line for each split that is too small for the settings, though it can be used.
 

@@ -152,11 +152,49 @@ def mesh_changed(found: Checkpoint, config: RunConfig, mesh: dict[str, int]) -> 
     return [f"the mesh has changed, so the last bits may differ: {then} before, {now} now"]
 
 
-def _data_changed(found: Checkpoint, dataset: Dataset) -> Iterator[str]:
+def nothing_to_train(found: Checkpoint, config: RunConfig, dataset: Dataset) -> str | None:
+    """A line if no step is left, and so nothing in the run's folder may change; else None.
+
+    If the run is at its last step and has its own data, an evaluation may be left.
+    """
+    end, (train, val) = config.train.max_steps, _other_data(found, dataset)
+    if found.step < end or (found.step == end and not (train or val)):
+        return None
+    data = f" on {dataset.path}, which is not the data set of this run" if train or val else ""
+    return (
+        f"this run has done {found.step:,} steps, and train.max_steps is {end:,}, so nothing is trained"
+        f"{data}, and the settings of this run stay as they are; to go on with it give --max-steps "
+        "with more steps; for a new run choose another --out"
+    )
+
+
+def settings_to_keep(found: Checkpoint, config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The checkpoint's settings, and where its data are now; `config` if they are of another version."""
+    try:
+        sealed = RunConfig.model_validate(found.about["settings"])
+    except ValidationError:
+        return config
+    return (
+        sealed
+        if any(_other_data(found, dataset))
+        else sealed.model_copy(update={"data": config.data})
+    )
+
+
+def _other_data(found: Checkpoint, dataset: Dataset) -> tuple[bool, bool]:
+    """Whether the training and the validation split are others than the checkpoint's."""
     before = found.about["data"]
-    if before.get("train_sha256") != dataset.train.sha256:
+    return (
+        before.get("train_sha256") != dataset.train.sha256,
+        before.get("val_sha256") != dataset.val.sha256,
+    )
+
+
+def _data_changed(found: Checkpoint, dataset: Dataset) -> Iterator[str]:
+    train, val = _other_data(found, dataset)
+    if train:
         yield "the data set has changed: samples will not be those of an unbroken run"
-    if before.get("val_sha256") != dataset.val.sha256:
+    if val:
         yield (
             "the validation split has changed: validation losses before and from now on cannot be "
             "compared, so the best loss so far counts no more"
@@ -238,8 +276,8 @@ def prepare_folder(
         step = found.step
         folder.note_saved(step)
         folder.set_aside_after(step)
-        same = found.about["data"].get("val_sha256") == dataset.val.sha256
-        if same and eval_tokens(found) == config.train.eval_tokens:
+        _, other = _other_data(found, dataset)
+        if not other and eval_tokens(found) == config.train.eval_tokens:
             best = folder.best(warn)
         for line in file_differs(folder.config, found, config):
             warn(line)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,14 +16,21 @@ from cupytron.agreement import check_shared
 from cupytron.checkpoint import Checkpoint
 from cupytron.comm import Communicator, ParallelContext, SelfCommunicator
 from cupytron.config import RunConfig, resolve_run
-from cupytron.course import small_data
+from cupytron.course import short_of_rate, small_data
 from cupytron.data import Dataset, Loader, evaluation_batches
 from cupytron.durable import way_out
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.memory import explained
 from cupytron.metrics import MetricsWriter, Speed, peak_memory_bytes, total_peak
 from cupytron.parallel.drift import ReplicasDiffer
-from cupytron.resume import check_fits, check_tokens, mesh_changed, prepare_folder
+from cupytron.resume import (
+    check_fits,
+    check_tokens,
+    mesh_changed,
+    nothing_to_train,
+    prepare_folder,
+    settings_to_keep,
+)
 from cupytron.run_folder import RunFolder
 from cupytron.source import Source
 from cupytron.start import prepare_process
@@ -82,6 +90,11 @@ def train(
     if init_from is not None and not str(init_from):
         raise ConfigError("--init-from is empty; give a run's folder, or leave the option out")
     folder, world = RunFolder(out), world or SelfCommunicator()
+    if init_from is not None and os.path.realpath(init_from) == os.path.realpath(out):
+        raise ConfigError(
+            f"--init-from {init_from}: is the run of --out itself; to go on with it leave --init-from out, "
+            "for a new run from its weights choose another --out"
+        )
     which = str(init_checkpoint)
     check_one_run(world, out, resume, init_from, which, trace)
     source = None if init_from is None else Source(RunFolder(init_from), which)
@@ -210,6 +223,7 @@ class _Run:
         self.stop = StopRequest(speaks=not shown.quiet)
         self.phase = "at the start"
         self.saved: int | None = None  # the step of the newest save
+        self.idle = False  # whether the run is beyond its end, so that nothing of it may change
         self.best = math.inf
         self.metrics: MetricsWriter | None = None
 
@@ -219,7 +233,7 @@ class _Run:
         Raises:
             ConfigError, CheckpointError: there are none, or they do not fit.
         """
-        begun = bool(self.folder.steps()) or self.folder.saved.exists()
+        begun = bool(self.folder.steps()) or self.folder.has_saved()
         if not any(self.world.gather_objects(begun)):
             self.note("looking for the weights to start from")
             source.choose(self.trainer.model.config, self.dataset, self._warn, self.world)
@@ -250,7 +264,10 @@ class _Run:
         if found:
             model = self.trainer.model.config
             lines = check_fits(found, self.config, model, self.dataset, self.environment)
-            for line in [*lines, *mesh_changed(found, self.config, self._mesh())]:
+            lines += mesh_changed(found, self.config, self._mesh())
+            if idle := nothing_to_train(found, self.config, self.dataset):
+                self.idle, lines = True, [idle]
+            for line in lines:
                 self._warn(line)
             if source:
                 self._warn("--init-from is not used: this run has begun, and is resumed")
@@ -275,10 +292,16 @@ class _Run:
         for line in small_data(self.config, self.dataset, self.loader.samples_per_epoch):
             self._warn(line)
         step, end = self.trainer.step, self.config.train.max_steps
+        for line in short_of_rate(self.config) if step < end else ():
+            self._warn(line)
         if self.trace and (self.trace.last <= step or self.trace.first >= end):
+            reason = (
+                f"this run begins at step {step} and ends at step {end}; choose steps between them"
+            )
+            if step >= end:
+                reason = "no step is left to train; give --max-steps with more steps"
             self._warn(
-                f"--trace {self.trace.first}:{self.trace.last}: nothing will be traced: this run begins at "
-                f"step {step} and ends at step {end}; choose steps between them"
+                f"--trace {self.trace.first}:{self.trace.last}: nothing will be traced: {reason}"
             )
             self._set_trace(None)
 
@@ -292,8 +315,11 @@ class _Run:
         self.folder.check_new(resume)  # again: a checkpoint may have been restored
 
     def _prepare_folder(self, found: Checkpoint | None) -> None:
+        config = self.config
+        if found and self.idle:
+            config = settings_to_keep(found, config, self.dataset)
         self.metrics, self.best = prepare_folder(
-            self.folder, found, self.config, self.environment, self.dataset, self._warn
+            self.folder, found, config, self.environment, self.dataset, self._warn
         )
 
     def _mesh(self) -> dict[str, int]:
@@ -339,10 +365,12 @@ class _Run:
         quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
         stop = self.stop
         stop.steps_begin()
+        began, more = self.trainer.step, ""
         with quiet:
             try:
                 # at the start, and where a signal cut an evaluation short
-                if self.val_loss is None and self._evaluation_due(self.trainer.step):
+                due = self._evaluation_due(self.trainer.step) and not self.idle
+                if self.val_loss is None and due:
                     self._evaluate()
                     if self.saved is not None and self._is_best():
                         self._save(again=True)
@@ -358,8 +386,10 @@ class _Run:
                         "the same command goes on from here"
                     )
                 elif self.saved == self.trainer.step:
+                    if self.trainer.step == began and not self.idle:
+                        more = "; to go on give --max-steps with more steps"
                     self.progress.line(
-                        f"done: {self.trainer.step} steps, run in {self.folder.path}"
+                        f"done: {self.trainer.step} steps, run in {self.folder.path}{more}"
                     )
                 if self.trace:
                     self._write_trace(self.trace)

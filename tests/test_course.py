@@ -2,14 +2,16 @@
 
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from runs import ENVIRONMENT, TEXT, TINY, make_data, run_here
 
 from cupytron.config import load_config
-from cupytron.course import schedule_changed
+from cupytron.course import schedule_changed, short_of_rate
 from cupytron.data import prepare_dataset
+from cupytron.errors import ConfigError
 from cupytron.optim import learning_rate
 from cupytron.run import train
 from cupytron.run_folder import RunFolder
@@ -192,3 +194,82 @@ def test_data_that_are_too_small_for_a_batch_are_said(tmp_path, capsys, size, ti
     assert ("train.global_batch=8: the data set has" in said) == bool(times)
     if times:
         assert f"a step sees the same text up to {times} times; lower train.global_batch" in said
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "text.txt").write_text(TEXT[::-1])
+    prepare_dataset(
+        [str(folder / "text.txt")],
+        folder / "data",
+        tokenizer=data / "tokenizer.json",
+        val_fraction=0.1,
+    )
+    return folder / "data"
+
+
+def begin(data, out, *overrides):
+    return train(
+        load_config(overrides=[*TINY, f'data.path="{data}"', *overrides]), out, dict(ENVIRONMENT)
+    )
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_a_start_that_trains_nothing_on_other_data_changes_no_setting(
+    data, other, tmp_path, capsys, steps
+):
+    run_here(data, tmp_path, "train.max_steps=6", "checkpoint.interval=0")
+    before = (tmp_path / "config.toml").read_text(), (tmp_path / "metrics.jsonl").read_text()
+    # step 5 would be evaluated
+    assert begin(other, tmp_path, f"train.max_steps={steps}", "train.eval_interval=3").step == 6
+    said = capsys.readouterr().out
+    assert (
+        f"this run has done 6 steps, and train.max_steps is {steps}, so nothing is trained on"
+        in said
+    )
+    assert "setting changed" not in said
+    assert before == (
+        (tmp_path / "config.toml").read_text(),
+        (tmp_path / "metrics.jsonl").read_text(),
+    )
+    begin(data, tmp_path, "train.max_steps=6")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_start_that_trains_nothing_says_how_to_go_on(data, tmp_path, capsys):
+    run_here(data, tmp_path, "train.max_steps=2")
+    begin(data, tmp_path, "train.max_steps=2")
+    assert "; to go on give --max-steps with more steps" in capsys.readouterr().out
+    begin(data, tmp_path, "train.max_steps=1")
+    said = capsys.readouterr().out
+    assert said.count("to go on with it give --max-steps with more steps") == 1
+    assert said.count("to go on") == 1
+    begin(data, tmp_path, "train.max_steps=3")
+    assert "to go on" not in capsys.readouterr().out
+
+
+def test_the_data_of_a_finished_run_may_move(data, tmp_path, capsys):
+    run_here(data, tmp_path / "run", "train.max_steps=2")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    begin(moved, tmp_path / "run", "train.max_steps=1")
+    assert "which is not the data set" not in capsys.readouterr().out
+    assert load_config(file=tmp_path / "run" / "config.toml").data.path == str(moved)
+
+
+def test_a_run_does_not_start_from_itself(data, tmp_path):
+    run_here(data, tmp_path / "run", "train.max_steps=1")
+    (tmp_path / "link").symlink_to("run")
+    for own in (tmp_path / "run", tmp_path / "link"):
+        with pytest.raises(ConfigError, match="is the run of --out itself; to go on with it leave"):
+            run_here(data, tmp_path / "run", init_from=own)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(data, tmp_path, capsys):
+    begin(data, tmp_path, "train.max_steps=2", "optim.warmup_steps=8", "optim.lr=8e-3")
+    said = capsys.readouterr().out
+    assert "so the learning rate comes to 0.00178, not to optim.lr=0.008; give fewer" in said
+    assert list(short_of_rate(settings("train.max_steps=100", "optim.warmup_steps=100"))) == []
+    (line,) = short_of_rate(settings("train.max_steps=99", "optim.warmup_steps=100"))
+    assert advised(line) == ["optim.warmup_steps=9"]
+    assert list(short_of_rate(settings("train.max_steps=99", *advised(line)))) == []

@@ -265,12 +265,19 @@ def test_a_range():
         Trace(-1, 2)
 
 
-@pytest.mark.parametrize("trace", [(4, 9), (0, 2)], ids=str)
-def test_a_range_outside_of_the_run_is_said(tmp_path, data, capsys, trace):
+@pytest.mark.parametrize(
+    ("trace", "steps", "says"),
+    [
+        ((4, 9), 4, "this run begins at step 2 and ends at step 4; choose steps between them"),
+        ((0, 2), 4, "this run begins at step 2 and ends at step 4; choose steps between them"),
+        ((0, 1), 1, "no step is left to train; give --max-steps with more steps"),
+    ],
+)
+def test_a_range_outside_of_the_run_is_said(tmp_path, data, capsys, trace, steps, says):
     run_here(data, tmp_path, *FEW, "train.max_steps=2")
-    config = load_config(overrides=[*TINY, *FEW, f'data.path="{data}"'])
-    train(config, tmp_path, dict(ENVIRONMENT), trace=trace)
-    said = f"warning: --trace {trace[0]}:{trace[1]}: nothing will be traced: this run begins at step 2 and"
+    overrides = [*TINY, *FEW, f'data.path="{data}"', f"train.max_steps={steps}"]
+    train(load_config(overrides=overrides), tmp_path, dict(ENVIRONMENT), trace=trace)
+    said = f"warning: --trace {trace[0]}:{trace[1]}: nothing will be traced: {says}"
     assert said in capsys.readouterr().out
     assert not (tmp_path / "trace.json").exists()
 
