@@ -207,7 +207,7 @@ class CharTokenizer(Tokenizer):
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise DataError(
                 f"not in the vocabulary of {self.vocab_size} characters: {shown}{more}; leave them "
-                "out, or prepare the data with --tokenizer byte, which takes any text"
+                "out; a model that takes any text has to be trained on data of --tokenizer byte"
             )
         return ids.view(np.uint32)
 
