@@ -31,7 +31,7 @@ def started(process):
 
 @pytest.mark.parametrize("after", ["time.sleep(1000)", "child.wait(); time.sleep(1000)"])
 def test_a_launcher_that_hangs_is_ended_and_told(tmp_path, after):
-    process = launcher(after, 0.5, tmp_path)
+    process = launcher(after, 3, tmp_path)
     try:
         assert guard(process.pid, started(process), idle=0.5, give_up=60)
         assert process.wait(10) == -9
@@ -53,7 +53,7 @@ def test_a_launcher_at_work_is_left_alone(tmp_path):
 
 
 def test_a_launcher_that_ends_ends_its_guard(tmp_path):
-    process = launcher("child.wait()", 0.5, tmp_path)
+    process = launcher("child.wait()", 3, tmp_path)
     known = started(process)
     begin = time.monotonic()
     assert not guard(process.pid, known, idle=30, give_up=60)
@@ -62,7 +62,7 @@ def test_a_launcher_that_ends_ends_its_guard(tmp_path):
 
 
 def test_the_program_outlives_the_rank_that_leaves_it_behind(tmp_path, monkeypatch):
-    process = launcher("time.sleep(1000)", 2, tmp_path)
+    process = launcher("time.sleep(1000)", 3, tmp_path)
     code = (
         "import sys; from cupytron import launcher_guard; launcher_guard.IDLE = 0.5\n"
         "launcher_guard.leave(int(sys.argv[1]))"
