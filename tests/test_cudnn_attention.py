@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -372,6 +373,41 @@ def test_a_missing_library_is_named(cupy, monkeypatch):
     (q, k, v), _, _ = packed(cupy, 2, 1)
     reason = cudnn_attention.supports(q, k, v)
     assert "cudnnGetVersion" in reason and "pip install cupytron[cuda13]" in reason
+
+
+def test_too_little_memory_is_no_refusal(cupy, monkeypatch):
+    (q, k, v), _, _ = packed(cupy, 2, 1)
+
+    def build(self):
+        raise RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
+
+    with monkeypatch.context() as short:
+        short.setattr(simulated_cudnn.Graph, "build_plans", build)
+        with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+            cudnn_attention.supports(q, k, v)
+    assert cudnn_attention.supports(q, k, v) is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_runtime_is_loaded_before_the_frontend(cupy, monkeypatch, there):
+    """The frontend finds libcudart by its name alone, which wheels do not put on the loader's path."""
+    calls = []
+
+    def load(name):
+        calls.append(name)
+        if not there:
+            raise RuntimeError(f'Failure finding "lib{name}.so"')
+
+    pathfinder = types.ModuleType("cuda.pathfinder")
+    pathfinder.load_nvidia_dynamic_lib = load
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
+    version = sys.modules["cudnn"].backend_version
+    monkeypatch.setattr(
+        sys.modules["cudnn"], "backend_version", lambda: calls.append("cudnn") or version()
+    )
+    cudnn_graphs.library.cache_clear()
+    cudnn_graphs.library()
+    assert calls[:2] == ["cudart", "cudnn"]
 
 
 # The real frontend, which needs neither a GPU nor cuDNN to be imported

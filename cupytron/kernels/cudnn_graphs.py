@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cupytron import backend
 from cupytron.errors import CupytronError
 
 
@@ -63,6 +64,7 @@ def forward(shape: Shape) -> Graph:
 
     Raises:
         CupytronError: cuDNN has no kernel for it.
+        RuntimeError: there is too little memory to build it.
     """
     graph = _new_graph(shape)
     return _built(graph, shape, add_forward(graph, shape))
@@ -180,6 +182,8 @@ def _built(graph: Any, shape: Shape, tensors: tuple[Any, ...]) -> Graph:
         graph.check_support()
         graph.build_plans()
     except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+        if backend.is_shortage(error):  # of this moment, and no answer about the shape
+            raise
         why = str(error).strip().partition("\n")[0]
         raise CupytronError(f"cuDNN {cudnn.backend_version()} refuses it: {why}") from error
     return Graph(graph, tensors, graph.get_workspace_size(), shape.device)
@@ -202,6 +206,7 @@ def library() -> Any:
     Raises:
         CupytronError: it, or cuDNN itself, is not installed.
     """
+    _load_runtime()
     _load_cudnn()
     try:
         import cudnn
@@ -212,6 +217,20 @@ def library() -> Any:
             f"cuDNN cannot be used ({error}): pip install cupytron[cuda13] (or cuda12)"
         ) from error
     return cudnn
+
+
+def _load_runtime() -> None:
+    """Load CUDA's runtime from wherever its wheel is: the frontend knows its name alone.
+
+    Without it, validating a graph fails with "Unable to load any libcudart.so.* library"
+    (NVIDIA/cudnn-frontend, issue 207).
+    """
+    with contextlib.suppress(
+        Exception
+    ):  # there may be neither wheel nor toolkit; cuDNN says so then
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        load_nvidia_dynamic_lib("cudart")
 
 
 def _load_cudnn() -> None:
