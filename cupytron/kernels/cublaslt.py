@@ -20,7 +20,7 @@ from cupytron.errors import CupytronError
 
 WORKSPACE = 32 << 20  # bytes that an algorithm may need; for Hopper's that is enough
 ALIGNMENT = 16  # bytes; none of the algorithms for these types asks for more
-_HEURISTICS = 8  # algorithms that are asked for
+_HEURISTICS = 32  # algorithms that are asked for; products are most of a step
 
 # cudaDataType; accumulated and scaled in float32, float64 in float64
 _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
