@@ -160,6 +160,9 @@ _SHORTAGE = (
     "cudaErrorMemoryAllocation",
     "CUDA_ERROR_OUT_OF_MEMORY",
     "ALLOC_FAILED",
+    # cuBLAS and cuDNN say these if a kernel cannot have its workspace or its stack
+    "CUBLAS_STATUS_INTERNAL_ERROR",
+    "CUDNN_STATUS_EXECUTION_FAILED",
 )
 
 
