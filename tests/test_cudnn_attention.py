@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from kernel_cases_3 import CASES
 from simulated import simulated_gpu
 from simulated_libraries import simulated_libraries
 
-from cupytron import ops
+from cupytron import kernels, ops
 from cupytron.errors import CupytronError
 from cupytron.kernels import cudnn_attention, cudnn_graphs
 
@@ -373,6 +374,24 @@ def test_a_missing_library_is_named(cupy, monkeypatch):
     (q, k, v), _, _ = packed(cupy, 2, 1)
     reason = cudnn_attention.supports(q, k, v)
     assert "cudnnGetVersion" in reason and "pip install cupytron[cuda13]" in reason
+
+
+def test_a_fallback_in_16_bits_is_told_once(cupy):
+    kernels._warn_of_refusal.cache_clear()
+    attention = kernels._attention()["attention"]
+    odd, _, _ = packed(cupy, 2, 1, size=12)
+    with pytest.warns(
+        RuntimeWarning, match="own kernel, .* multiples of 8, .* and this is 12"
+    ) as told:
+        attention(*odd)
+        attention(*odd)
+    assert len(told) == 1
+    single, _, _ = packed(cupy, 2, 1, dtype="float32")
+    good, _, _ = packed(cupy, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*single)
+        attention(*good)
 
 
 def test_too_little_memory_is_no_refusal(cupy, monkeypatch):

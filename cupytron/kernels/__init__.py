@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,22 +63,36 @@ def _of_either(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Cal
     return function
 
 
+@functools.cache
+def _warn_of_refusal(reason: str) -> None:
+    """Warn, once in a process: in 16 bits our own kernel is slower, since it uses no tensor cores."""
+    warnings.warn(
+        f"attention runs on cupytron's own kernel, which is slower in 16 bits: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def _attention() -> dict[str, Callable[..., Any]]:
     """cuDNN's attention where it can do the problem, else our own; forward and backward alike."""
     from cupytron.kernels import attention as own
     from cupytron.kernels import cudnn_attention as cudnn
 
+    def module_for(q: Any, k: Any, v: Any, dropout: Any) -> Any:
+        reason = cudnn.supports(q, k, v, dropout)
+        if reason is not None and q.dtype.itemsize == 2:
+            _warn_of_refusal(reason)
+        return cudnn if reason is None else own
+
     @functools.wraps(own.attention)
     def attention(q: Any, k: Any, v: Any, dropout: Any = None) -> Any:
-        module: Any = own if cudnn.supports(q, k, v, dropout) else cudnn
-        return module.attention(q, k, v, dropout)
+        return module_for(q, k, v, dropout).attention(q, k, v, dropout)
 
     @functools.wraps(own.attention_backward)
     def attention_backward(
         do: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, out: Any, dropout: Any = None
     ) -> None:
-        module: Any = own if cudnn.supports(q, k, v, dropout) else cudnn
-        module.attention_backward(do, q, k, v, o, lse, out, dropout)
+        module_for(q, k, v, dropout).attention_backward(do, q, k, v, o, lse, out, dropout)
 
     def cached_attention(q: Any, k: Any, v: Any) -> Any:
         # the number of keys grows with each token, and cuDNN would make a plan for each
