@@ -216,7 +216,8 @@ def validation_losses(report: Report) -> list[tuple[str, list[Point]]]:
     for step, loss in report.curve("val_loss"):
         kind = tokens.get(step)
         # taken out and put in again, so that the newest stands last
-        found[kind] = [*found.pop(kind, []), (step, loss)]
+        points = found[kind] = found.pop(kind, [])
+        points.append((step, loss))
     train = report.settings.get("train")
     limited = isinstance(train, Mapping) and train.get("eval_tokens") is not None
     told = limited or len(found) > 1
