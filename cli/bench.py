@@ -11,7 +11,7 @@ from cupytron.cli.options import (
     set_timeout,
     settings_options,
 )
-from cupytron.cli.say import say, say_json
+from cupytron.cli.say import say_json, say_page
 
 
 @click.command(
@@ -64,7 +64,7 @@ def command(settings: Settings, steps: int, as_json: bool, peak_tflops: float | 
     if as_json:
         say_json(result)
         return
-    say(
+    say_page(
         f"{result['ms_per_step']:.2f} ms a step  {result['tokens_per_second']:,.0f} tokens/s  "
         f"{result['peak_memory_bytes'] / 2**20:,.0f} MB  {result['parameters']:,} parameters\n"
         f"{gflops_text(result)}{mfu_text(result)}"

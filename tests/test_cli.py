@@ -217,6 +217,8 @@ def test_bench_measures(tmp_path):
     keys = {"ms_per_step", "tokens_per_second", "peak_memory_bytes", "gflops_per_second"}
     assert keys < set(result) and all(result[key] > 0 for key in keys)
     assert result["tokens_per_second"] == pytest.approx(8 * 16 / result["ms_per_step"] * 1e3)
+    lines = call("bench", "--steps", "1", "--threads", "1", *sets).stdout.splitlines()
+    assert "ms a step" in lines[0] and "GFLOP/s" in lines[1] and len(lines) == 2
 
 
 def test_a_run_without_settings_keeps_its_own(data, tmp_path):
