@@ -15,6 +15,7 @@ from cupytron import ops
 from cupytron.errors import CupytronError
 from cupytron.gradient_kinds import kind_of
 from cupytron.layer import Chain, Layer
+from cupytron.layer_checks import check_input_gradient, check_output
 from cupytron.stash import MicroBatch, Stash
 
 TOLERANCE = 1e-6
@@ -159,6 +160,8 @@ def check_gradient(
                 "give the size that the layer was made with"
             ) from error
     is_chain = isinstance(layer, Chain)
+    if not is_chain:
+        _require_arrays(layer, x, batch)
     errors, findings = _check(layer, x, batch, rng, tolerance, explain=not is_chain)
     if findings and isinstance(layer, Chain):
         findings = _by_layer(layer, x, batch, rng, tolerance)
@@ -170,6 +173,20 @@ def check_gradient(
         errors["logits, of loss"] = more["x"]
         findings += [finding._replace(tensor="logits, of loss") for finding in wrong]
     return Report(layer.describe(), errors, sorted(findings, key=lambda f: -f.error))
+
+
+def _require_arrays(layer: Layer, x: Any, batch: MicroBatch) -> None:
+    """Refuse what forward and backward of a lone layer return where a Chain would refuse it.
+
+    An x of three axes is no layer's in a Chain, so its rows are not counted. A dx that is no array, or has
+    another shape, becomes a finding.
+    """
+    stash = Stash(batch)
+    y = layer.forward(x.copy(), stash)
+    check_output(layer, x, y, rows=x.ndim < 3)
+    dx = layer.backward(np.ones_like(y), stash)
+    if getattr(dx, "shape", None) == x.shape:
+        check_input_gradient(layer, x.shape, x.dtype, dx)
 
 
 class Case:

@@ -21,11 +21,15 @@ class NoGradient(UserWarning):
     """Parameters got no gradient in the first step."""
 
 
-def check_output(layer: Any, x: Any, y: Any) -> None:
-    """Refuse the result of a layer's forward for x, unless the next layer can use it."""
+def check_output(layer: Any, x: Any, y: Any, rows: bool = True) -> None:
+    """Refuse the result of a layer's forward for x, unless the next layer can use it.
+
+    Args:
+        rows: whether y has a row for each token, unless the layer's class says that its rows are no tokens.
+    """
     if not (hasattr(y, "shape") and hasattr(y, "dtype")):
         raise ShapeError(f"{layer.describe()}: forward returned {_kind(y)}; return one array")
-    if layer.row_for_row and (len(y.shape) != 2 or y.shape[0] != x.shape[0]):
+    if rows and layer.row_for_row and (len(y.shape) != 2 or y.shape[0] != x.shape[0]):
         raise ShapeError(
             f"{layer.describe()}: forward returned shape {y.shape} for x of shape {x.shape}; return "
             f"({x.shape[0]}, features), a row for each token, or set row_for_row = False in the class if "

@@ -343,3 +343,34 @@ def test_ids_outside_the_table_are_told():
         cupytron.CupytronError, match=r"vocab_size=12: Embedding.* no row for an id"
     ):
         cupytron.check_gradient(nn.Embedding(V, D), (100,), vocab_size=V + 1)
+
+
+class Returns(Right):
+    """Right, but for what `of_y` makes of y and `of_dx` of dx."""
+
+    def __init__(self, of_y, of_dx=lambda dx: dx):
+        super().__init__()
+        self.of_y, self.of_dx = of_y, of_dx
+
+    def forward(self, x, stash):
+        return self.of_y(super().forward(x, stash))
+
+    def backward(self, dy, stash):
+        return self.of_dx(super().backward(dy, stash))
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ([lambda y: y.astype(np.float32)], "forward returned float32 for x of float64"),
+        ([lambda y: None], "forward returned None; return one array"),
+        ([lambda y: y[1:]], "forward returned shape .* a row for each token"),
+        (
+            [lambda y: y, lambda dx: dx.astype(np.float32)],
+            "backward returned float32 for x of float64",
+        ),
+    ],
+)
+def test_what_a_lone_layer_returns_is_refused_as_in_a_chain(changes, text):
+    with pytest.raises(cupytron.CupytronError, match=f"^Returns.*: {text}"):
+        cupytron.check_gradient(Returns(*changes), (B * S, D), batch_size=B)
