@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cupytron.config_checks import CHUNKS, Problem, check_mesh, check_model, check_run
-from cupytron.config_io import write_toml
+from cupytron.config_io import show_text, write_toml
 from cupytron.config_reader import Conflict, Reader
 from cupytron.errors import ConfigError
 from cupytron.inherited import inherited_settings
@@ -383,7 +383,7 @@ def load_config(
         ConfigError: a line for everything that is wrong, each beginning with the key or the file.
         CupytronError: init_from is no run with a checkpoint.
     """
-    reader, overrides = Reader(RunConfig), list(overrides)
+    reader, overrides = Reader(RunConfig), _listed(overrides)
     if init_from is not None and preset is None and file is None:
         start = inherited_settings(Path(init_from), overrides)
     if start is not None:
@@ -395,6 +395,21 @@ def load_config(
     for override in overrides:
         reader.add_override(override)
     return reader.finish(*([lambda config: check_mesh(config, ranks)] if check else []))
+
+
+def _listed(overrides: Iterable[str]) -> list[str]:
+    """Refuse overrides that are text, which has letters, or a mapping, which has keys."""
+    wrong: Any = overrides
+    if not isinstance(overrides, str | bytes | Mapping):
+        listed = list(overrides)
+        others = [value for value in listed if not isinstance(value, str)]
+        if not others:
+            return listed
+        wrong = others[0]
+    raise ConfigError(
+        f"overrides: {show_text(repr(wrong))} is of type {type(wrong).__name__}; give a list of texts "
+        'section.key=value, such as ["optim.lr=1e-3"]'
+    )
 
 
 def require_mesh(config: RunConfig, tp: int, pp: int, dp: int) -> None:
