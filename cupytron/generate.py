@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,9 @@ def generate(
     """
     ids = [int(token) for token in prompt]  # perhaps an array
     _check(model, ids, max_new_tokens, temperature, top_k, top_p)
+    for name, value in (("seed", seed), ("sample", sample)):
+        if not isinstance(value, Integral):
+            raise CupytronError(f"{name}={_shown(value)} must be a whole number")
     key = philox.key_of(seed, "sample", str(sample))
     decoder = Decoder(model, use_cache, pipeline)
     pipeline = decoder.pipeline
@@ -161,6 +164,11 @@ def generate(
         yield token
 
 
+def _shown(value: Any) -> str:
+    """A value for an error: a number of NumPy as its digits, text with its quotes."""
+    return repr(value) if isinstance(value, str | bytes) else str(value)
+
+
 def _check(
     model: Transformer,
     prompt: Sequence[int],
@@ -175,12 +183,16 @@ def _check(
     if min(prompt) < 0 or max(prompt) >= vocab:
         raise CupytronError(f"the prompt holds token ids outside 0 ... {vocab - 1}")
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
-        raise CupytronError(f"max_new_tokens={max_new_tokens} must be a whole number from 0")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise CupytronError(f"temperature={temperature} must be 0 (the likeliest token) or more")
+        raise CupytronError(
+            f"max_new_tokens={_shown(max_new_tokens)} must be a whole number from 0"
+        )
+    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature >= 0):
+        raise CupytronError(
+            f"temperature={_shown(temperature)} must be 0 (the likeliest token) or more"
+        )
     if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
         raise CupytronError(
-            f"top_k={top_k} must be a whole number from 1; leave it out to choose among all"
+            f"top_k={_shown(top_k)} must be a whole number from 1; leave it out to choose among all"
         )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise CupytronError(f"top_p={top_p} must be above 0 and at most 1")
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise CupytronError(f"top_p={_shown(top_p)} must be above 0 and at most 1")

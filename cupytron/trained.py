@@ -96,6 +96,10 @@ class TrainedModel:
                 "this run has no tokenizer (its data set was given as token ids), so it cannot "
                 "read a prompt; prepare the data with --tokenizer FILE"
             )
+        if not isinstance(prompt, str | None):
+            raise CupytronError(
+                f"prompt is of type {type(prompt).__name__}; give text, or None to begin a document"
+            )
         separator = tokenizer.separator
         prompt = self.default_prompt() if prompt is None else prompt
         ids = tokenizer.encode(prompt)

@@ -155,6 +155,14 @@ def test_settings_of_another_kind_are_refused(tmp_path):
         cupytron.train({"model": {}}, tmp_path / "run")
 
 
+@pytest.mark.parametrize("overrides", ["optim.lr=1", {"optim.lr": 1.0}, [("optim.lr", 1.0)]])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides):
+    with pytest.raises(
+        ConfigError, match=r"overrides: .*; give a list of texts section\.key=value"
+    ):
+        cupytron.load_config(overrides=overrides)
+
+
 def first_line(base, folder, before, **environment):
     code = (
         f"{before}\nimport cupytron\n"
@@ -222,11 +230,19 @@ def test_numbers_of_numpy_are_numbers(base):
         ({"top_k": 2.0}, "top_k=2.0 must be a whole number from 1"),
         ({"top_k": np.int64(0)}, "top_k=0 must be"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number from 0"),
+        ({"max_new_tokens": "9"}, "max_new_tokens='9' must be a whole number from 0"),
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"sample": 0.5}, "sample=0.5 must be a whole number"),
+        ({"temperature": "1"}, "temperature='1' must be 0 .* or more"),
+        ({"temperature": None}, "temperature=None must be"),
+        ({"top_p": "0.5"}, "top_p='0.5' must be above 0"),
+        ({"prompt": [1, 2]}, "prompt is of type list; give text, or None"),
+        ({"prompt": b"the "}, "prompt is of type bytes"),
     ],
 )
-def test_what_is_no_whole_number_is_refused(base, options, words):
+def test_what_is_of_another_type_is_refused(base, options, words):
     with pytest.raises(CupytronError, match=words):
-        cupytron.load(base / "run").generate("the ", **options)
+        cupytron.load(base / "run").generate(**{"prompt": "the ", **options})
 
 
 def test_python_and_the_command_line_have_one_default_temperature():
