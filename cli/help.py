@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cupytron.cli import hints
 from cupytron.cli.say import say_page
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ class Group(click.Group):
         if not ctx.resilient_parsing and not name.startswith("-"):
             names = self.list_commands(ctx)
             if name not in names:
-                raise click.UsageError(f"{name}: no such command{_suggest(name, names)}", ctx)
+                hint = hints.for_command(name, names, ctx.command_path)
+                raise click.UsageError(f"{name}: no such command{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -176,28 +178,14 @@ def usage_message(error: click.ClickException) -> str:
     """Click's message about a wrong command line, as one line in the style of all our errors."""
     text = error.format_message()
     if isinstance(error, click.NoSuchOption):
-        names = sorted(error.possibilities or [])
-        text = f"{error.option_name}: no such option{_did_you_mean(names)}"
+        text = f"{error.option_name}: no such option{hints.for_option(error)}"
+    elif isinstance(error, click.UsageError) and "unexpected extra argument" in text:
+        text += hints.for_argument(error)
     # click shows the choices of a missing option on lines of their own
     text = " ".join(text.split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
         text += f" ({error.ctx.command_path} --help)"
     return text
-
-
-def _suggest(name: str, names: Iterable[str]) -> str:
-    import difflib  # most command lines need no suggestion
-
-    names = list(names)
-    return _did_you_mean(difflib.get_close_matches(name, names)) or f"; choose {_or(names)}"
-
-
-def _did_you_mean(names: list[str]) -> str:
-    return f"; did you mean {_or(names)}?" if names else ""
-
-
-def _or(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _presets() -> list[str]:

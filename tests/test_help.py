@@ -111,6 +111,19 @@ def test_verify_shows_no_defaults_of_a_larger_model():
             ["verify", "--max-steps", "3"],
             "--max-steps: is not used by this command; give --steps (cupytron verify --help)",
         ),
+        (["train", "--dropout", "0.1"], "no such option; give --set model.dropout=VALUE (cupytron"),
+        (["train", "--warmup=9"], "give --set optim.warmup_steps=VALUE"),
+        (["bench", "--n-kv-heads", "2"], "give --set model.num_kv_heads=VALUE"),
+        (["sample", "--dropout", "1"], "no such option; did you mean --prompt?"),
+        (["train", "--out", "x", "optim.lr=3"], "(optim.lr=3); did you mean --set optim.lr=3?"),
+        (["train", "--out", "x", "demo"], "did you mean --preset demo?"),
+        (["train", "--out", "x", "a.toml"], "did you mean --config a.toml?"),
+        (["train", "--out", "x", "data"], "did you mean --data data?"),
+        (["train", "--out", "x", "run"], "did you mean --out run?"),
+        (["eval", "run", "data"], "did you mean --data data?"),
+        (["report", "run", "data"], "extra argument (data) (cupytron report --help)"),
+        (["generate", "run"], "generate: no such command; did you mean sample?"),
+        (["tokenize", "a.txt"], "did you mean data prepare?"),
         (["verify", "--data", "x"], "--data: is not used by this command; it takes random tokens"),
         (["bench", "--eval-interval", "3"], "--eval-interval: is not used by this command"),
         (["autotune", "--max-steps", "3"], "it runs one step"),
@@ -123,7 +136,13 @@ def test_verify_shows_no_defaults_of_a_larger_model():
         (["config", "show", "--set", "optim.lrr=1"], "did you mean optim.lr?"),
     ],
 )
-def test_every_usage_error_is_one_line_in_one_style(capsys, arguments, words):
+def test_every_usage_error_is_one_line_in_one_style(
+    capsys, monkeypatch, tmp_path, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    Path("run", "checkpoints").mkdir(parents=True)
+    Path("data").mkdir()
+    Path("data", "train.json").touch()
     assert _run(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and words in err
