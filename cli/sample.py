@@ -92,9 +92,10 @@ def command(
                 pass_on(text)
 
         for sample in range(num_samples):
-            if num_samples > 1:
-                tell(f"--- sample {sample + 1} of {num_samples}\n")
+            # with the first text, so that an error comes before it
+            heading = f"--- sample {sample + 1} of {num_samples}\n" if num_samples > 1 else ""
             for text in model.stream(prompt, max_new_tokens, **how, sample=sample, echo=True):
                 note(model.step, "writing")
-                tell(text)
+                tell(heading + text)
+                heading = ""
             tell("\n")

@@ -53,9 +53,24 @@ def _instead(path: Path) -> str:
         return "it is a data set); a run is made from it with `cupytron train --data DIR --out RUN`"
     if path.is_dir():
         why = "it has no config.toml"
+    elif path.exists():
+        why = "it is a file"
+    elif near := _near(path):
+        return f"there is no such folder); did you mean {' or '.join(map(str, near))}?"
     else:
-        why = "it is a file" if path.exists() else "there is no such folder"
+        why = "there is no such folder"
     return f"{why}); give the folder that `cupytron train --out` made"
+
+
+def _near(path: Path) -> list[Path]:
+    """Runs beside a path whose names are similar to its own."""
+    import difflib
+
+    try:
+        names = [folder.name for folder in path.parent.iterdir() if _is_run(folder)]
+    except OSError:
+        return []
+    return [path.with_name(name) for name in difflib.get_close_matches(path.name, names)]
 
 
 def sealed_settings(run: Path) -> dict[str, Any] | None:
