@@ -43,6 +43,7 @@ class Compared:
         report: its records.
         settings: all of them by "section.key", defaults too.
         data: the hashes of its data and of its tokenizer, as its newest checkpoint seals them.
+        why_unknown: why the hash of its data is not known; "" if it is.
         bits_per_byte: of the best validation loss; None: not known.
     """
 
@@ -51,6 +52,7 @@ class Compared:
     report: Report
     settings: dict[str, Any]
     data: dict[str, Any]
+    why_unknown: str = ""
     bits_per_byte: float | None = None
 
     def figures(self) -> dict[str, str]:
@@ -126,8 +128,8 @@ def _names(places: Sequence[Path]) -> list[str]:
 def _run(tag: str, name: str, place: Path) -> Compared:
     folder = RunFolder(place).require()
     records = report.read_records(folder)
-    data = _sealed_data(folder)
-    run = Compared(tag, name, records, _settings(folder, records), data)
+    data, why_unknown = _sealed_data(folder)
+    run = Compared(tag, name, records, _settings(folder, records), data, why_unknown)
     run.bits_per_byte = _bits_per_byte(run)
     return run
 
@@ -151,21 +153,27 @@ def _settings(folder: RunFolder, records: Report) -> dict[str, Any]:
     }
 
 
-def _sealed_data(folder: RunFolder) -> dict[str, Any]:
-    """The entry for data in the newest readable manifest; without one, the tokenizer's hash alone."""
+def _sealed_data(folder: RunFolder) -> tuple[dict[str, Any], str]:
+    """The entry for data in the newest readable manifest; without one, the tokenizer's hash alone.
+
+    Returns: the entry, and why it has no hash of the data ("" if it has).
+    """
     from cupytron.data import DataError, load_tokenizer
 
-    for step in reversed(folder.steps()):
+    steps = folder.steps()
+    for step in reversed(steps):
         place = step_folder(folder.path, step)
         try:
             body = read_manifest(place).body
             check_types(place, body)
         except CupytronError:
             continue  # damaged, or removed meanwhile
-        return dict(body.get("data") or {})
+        data = dict(body.get("data") or {})
+        return data, "" if "val_sha256" in data else "its checkpoint is of an earlier version"
+    why = "none of its checkpoints can be read" if steps else "it has no checkpoint"
     with contextlib.suppress(DataError, OSError):
-        return {"tokenizer_hash": load_tokenizer(folder.tokenizer).hash}
-    return {}
+        return {"tokenizer_hash": load_tokenizer(folder.tokenizer).hash}, why
+    return {}, why
 
 
 def _bits_per_byte(run: Compared) -> float | None:
@@ -212,8 +220,8 @@ def _notes(runs: Sequence[Compared]) -> Iterator[str]:
         # the environment is not compared
         told = [note for note in run.report.notes if "environment.json" not in note]
         yield from (f"{run.tag}, {run.name}: {note}" for note in told)
-        if "val_sha256" not in run.data:
-            yield f"{run.tag}, {run.name}: it has no checkpoint, so it does not say which data it has."
+        if run.why_unknown:
+            yield f"{run.tag}, {run.name}: {run.why_unknown}, so it does not say which data it has."
     tokenizers = _known(run.data.get("tokenizer_hash") for run in runs)
     if len(tokenizers) > 1:
         way_out = "bits per byte can be compared, on the same text"

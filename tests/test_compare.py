@@ -127,7 +127,15 @@ def test_validation_losses_are_over_as_many_tokens_as_the_records_say(tmp_path, 
 def test_what_is_not_known_is_not_called_different(tmp_path, one):
     other = written(tmp_path / "two", [1.0])
     notes = " ".join(compare.read([one, other]).notes)
-    assert "different" not in notes and "two: it has no checkpoint" in notes
+    assert "different" not in notes and "two: it has no checkpoint, so" in notes
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_said_to_have_none(tmp_path, one):
+    other = written(tmp_path / "two", [1.0], data=("t", "a", "v"))
+    for manifest in other.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{")
+    notes = " ".join(compare.read([one, other]).notes)
+    assert "two: none of its checkpoints can be read, so" in notes
 
 
 def test_a_run_without_a_checkpoint_has_its_tokenizer(tmp_path, one):
