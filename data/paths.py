@@ -19,6 +19,7 @@ _LINK = (
 )
 _SPECIAL = "pipe, device or broken link", "pipes, devices or broken links"
 _TOKENS = "file of token ids (give it by name)", "files of token ids (give them by name)"
+_RUN = "run's folder", "runs' folders"
 _PACKED = "compressed file (unpack it first)", "compressed files (unpack them first)"
 _JSON = (
     "JSON file that is not one object a line with the text field",
@@ -66,6 +67,11 @@ def open_path(
         DataError: nothing can be read there, or a file has a format that is not read here.
     """
     if path.is_dir():
+        if _is_run(path):
+            raise DataError(
+                f"{path}: is a run's folder, whose settings and records are no corpus; give the folder of "
+                "the text"
+            )
         return _open_folder(path, text_field, exclude)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -129,7 +135,8 @@ def walk(
 ) -> Iterator[Path]:
     """The regular files below a folder, in the same order on every machine.
 
-    Hidden files and folders, links to folders, and files that are not regular are passed over.
+    Hidden files and folders, links to folders, folders of runs, and files that are not regular are
+    passed over.
 
     Args:
         folder: where to begin.
@@ -163,12 +170,18 @@ def walk(
                 yield path
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file() and (folder / "checkpoints").is_dir()
+
+
 def _passes_folder(path: Path, passed: PassedOver) -> bool:
     """Whether a folder is passed over; if so, it is added to `passed`."""
     if path.name.startswith("."):
         passed.add(_HIDDEN, path)
     elif path.is_symlink():
         passed.add(_LINK, path)
+    elif _is_run(path):
+        passed.add(_RUN, path)
     else:
         return False
     return True

@@ -141,6 +141,8 @@ def check_settings(
                 f"tokenizer={name}: SIZE must be a whole number from {BPE_SIZES[0]} (256 bytes and "
                 f"the separator) to {BPE_SIZES[1]}, such as bpe:4096"
             )
+    elif (inside := Path(name) / "tokenizer.json").is_file():
+        raise DataError(f"tokenizer={name} is a folder; give the file in it, {inside}")
     elif not Path(name).is_file():
         raise DataError(f"tokenizer={name} is neither byte, char, bpe:SIZE nor a file")
 

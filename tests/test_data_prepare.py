@@ -89,6 +89,8 @@ def test_folder_is_read_in_order_and_skips_what_is_no_text(here):
         "tokens.bin": b"aa",
         ".hidden": "x",
         ".git/config": "x",
+        "runs/demo/config.toml": "x",
+        "runs/demo/checkpoints/saved": "x",
     }.items():
         write(here / "in" / name, data)
     os.symlink(here / "in", here / "in" / "loop")
@@ -99,6 +101,7 @@ def test_folder_is_read_in_order_and_skips_what_is_no_text(here):
         "in: skipped 3 files that are not UTF-8 text: image.png, late.txt, nul.txt",
         "in: skipped 2 hidden files and folders: .git, .hidden",
         "in: skipped 1 link to a folder (give the folder by name): loop",
+        "in: skipped 1 run's folder: runs/demo",
         "the validation split has 1 token, and a loss needs 2; give a larger --val-fraction or more text",
     ]
     # the output is no source
@@ -196,6 +199,12 @@ BAD = [
     (["a.txt"], {"tokenizer": "bpe:256"}, "tokenizer=bpe:256: SIZE"),
     (["a.txt"], {"tokenizer": "bpe:" + "9" * 5000}, "SIZE must be"),
     (["a.txt"], {"tokenizer": "a.txt"}, "a.txt: a tokenizer is not JSON"),
+    (["run"], {}, "run: is a run's folder, whose settings and records are no corpus"),
+    (
+        ["a.txt"],
+        {"tokenizer": "run"},
+        "tokenizer=run is a folder; give the file in it, run/tokenizer.json",
+    ),
     (["a.txt"], {"tokenizer": "chars.json"}, "not in the vocabulary of 1 characters: 'a'"),
     (["pipe"], {}, "not a regular file"),
     ([], {}, "no sources given"),
@@ -216,6 +225,8 @@ def test_bad_input_is_one_error_and_leaves_nothing(here, sources, settings, mess
     write(here / "ids.bin", ids.tobytes())
     write(here / "void" / "x.png", b"\xff")
     CharTokenizer("z").save("chars.json")
+    for name in ("config.toml", "tokenizer.json", "checkpoints/x"):
+        write(here / "run" / name, "")
     os.mkfifo("pipe")
     # the first byte of the character and the one after it stand in two blocks
     if sources == ["latin.txt"]:
