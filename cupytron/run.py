@@ -144,7 +144,10 @@ def _train(
 ) -> Outcome:
     """As train, with all its arguments given, inside the watchdog's context."""
     if config.data.path is None:
-        raise ConfigError("data.path: is not set; give --data DIR, made by `cupytron data prepare`")
+        raise ConfigError(
+            "data.path: is not set; give --data DIR, or from Python the override data.path=DIR; "
+            "`cupytron data prepare` makes DIR"
+        )
     environment = environment or prepare_process(config)
     own = ("parallel.threads", "parallel.blas_kernel", "parallel.malloc")  # a node's business
     mesh_run.check_alike(world, own, settings=config)
@@ -310,6 +313,12 @@ class _Run:
         together(self.world, work if self.first else lambda: None)
 
     def _tidy(self, resume: bool) -> None:
+        if others := self.folder.others_files():
+            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            self._warn(
+                f"{self.folder.path}: holds other files ({names}); they stay, and the run's are put "
+                "beside them"
+            )
         for line in self.folder.create():
             self._warn(line)
         self.folder.check_new(resume)  # again: a checkpoint may have been restored

@@ -78,6 +78,17 @@ class RunFolder(RunCheckpoints):
                 "or --resume auto to go on with it"
             )
 
+    def others_files(self) -> list[str]:
+        """Names of what lies in the folder of a new run and is none of its files; none if it has begun."""
+        if self.checkpoints.is_dir() or not self.path.is_dir():
+            return []
+        return sorted(
+            path.name
+            for path in self.path.iterdir()
+            if not path.name.startswith(".")
+            and not any(path.match(pattern) for pattern in _REPLACED)
+        )
+
     def check_foreign(self, out: Path) -> None:
         """Refuse to write somebody's output over a file that the run itself needs.
 

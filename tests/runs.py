@@ -52,7 +52,7 @@ def make_data(folder: Path, tokenizer: str = "char", text: str = TEXT) -> Path:
 def run_here(data: Path, out: Path, *settings: str, **options):
     """Train in this process; returns the outcome."""
     config = load_config(overrides=[*TINY, f'data.path="{data}"', *settings])
-    return train(config, out, dict(ENVIRONMENT), quiet=True, **options)
+    return train(config, out, dict(ENVIRONMENT), **{"quiet": True, **options})
 
 
 def command(data: Path, out: Path, *settings: str) -> list[str]:

@@ -39,6 +39,19 @@ def digest(out):
     return RunFolder(out).find("last", warn=print).digest()
 
 
+def test_a_new_run_in_a_folder_with_other_files_says_so_once(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt", ".hidden", "report.html"):
+        (tmp_path / "run" / name).write_text("mine")
+    for steps in (1, 2):
+        run_here(data, tmp_path / "run", f"train.max_steps={steps}", quiet=False)
+        said = "run: holds other files (a.txt, b.txt, c.txt, ...); they stay"
+        assert (said in capsys.readouterr().out) == (steps == 1)
+    assert (tmp_path / "run" / "a.txt").read_text() == "mine"
+    run_here(data, tmp_path / "new", "train.max_steps=1", quiet=False)
+    assert "other files" not in capsys.readouterr().out
+
+
 def test_a_run_records_what_it_did(data, tmp_path):
     outcome = run_here(data, tmp_path / "run", "optim.lr=1e-2")
     folder = RunFolder(tmp_path / "run")
