@@ -50,6 +50,7 @@ class Cupytron:
             "seconds": time.perf_counter() - began,
             "estimate_bytes": estimate(config, model).total,
             "kernels": self.trainer.context.tuner.choices() if self.trainer.context.tuner else {},
+            "cudnn_refused": self.trainer.context.device.refusals(),
         }
 
     def _fill(self) -> None:

@@ -1,7 +1,8 @@
 """Every kernel against its definition in float64: the cases of tests/kernel_cases*.py, on this GPU.
 
 Each case runs twice on memory that is poisoned with NaN, and has to give the same bits both times, but for
-those that add in any order.
+those that add in any order. A problem that a library refuses is skipped with its reason; in 16 bits, at the
+sizes of a GPT-2 and a Llama, a refusal is a failure.
 """
 
 import functools
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from gpu_children import Json, hold
+from gpu_children import Json, Skipped, hold
 from gpu_report import Gpu
 
 from cupytron.kernels import trial
@@ -46,6 +47,8 @@ TINY: dict[str, dict[str, int]] = {
     "odd": {"tokens": 9, "width": 7, "rows": 11, "batch": 1, "length": 9, "kv_heads": 1},
     "wide": {"tokens": 8, "width": 16, "rows": 16, "length": 8, "groups": 1, "shift": 1},
 }
+# sizes at which cuDNN has to do the attention of 16 bits: without it a step has no tensor cores there
+REQUIRED = ("gpt2", "llama", "wide")
 # a whole vocabulary, where it costs the host little
 WIDE_ROWS = {"cross_entropy": 50304, "embedding": 5003, "embedding_backward": 5003}
 _TOKENS_OF_WIDE = 128
@@ -58,26 +61,46 @@ def checks(gpu: Gpu, dtype: str, module: str) -> dict[str, Callable[[], Json]]:
 
 
 def check(gpu: Gpu, module: Any, name: str, dtype: str) -> Json:
-    """Run a case at all sizes, and hold its errors against the dtype's limit."""
+    """Run a case at all sizes, and hold its errors against the dtype's limit.
+
+    Returns: the worst error, where it is, its limit, and, if a library refused sizes, the reasons by size.
+
+    Raises:
+        Failed: an error is too large, bits differ, or a size that is required is refused.
+        Skipped: all sizes are refused.
+    """
     kernel_cases = importlib.import_module("kernel_cases")
     case = module.CASES[name]
     worst, figures, different = 0.0, (0.0, "", 0.0), []
-    for size, values in (TINY if gpu.tiny else SIZES).items():
+    refused: dict[str, str] = {}
+    all_sizes = TINY if gpu.tiny else SIZES
+    for size, values in all_sizes.items():
         sizes = kernel_cases.Sizes(**_fitting(name, size, values))
         digests = []
         for _ in range(2):
             with _hashing(module) as digest, _poisoned(gpu):
-                errors = case(gpu.cupy, kernel_cases.DTYPES[dtype], sizes)
+                try:
+                    errors = case(gpu.cupy, kernel_cases.DTYPES[dtype], sizes)
+                except kernel_cases.Refused as reason:
+                    refused[size] = str(reason)
+                    break
             digests.append(digest.hexdigest())
             for output, error in errors.items():
                 limit = _limit(module, dtype, output)
                 share = error / limit if error == error else math.inf
                 if share >= worst:
                     worst, figures = share, (error, f"{output} ({size})", limit)
-        if digests[0] != digests[1] and name not in getattr(module, "ANY_ORDER", ()):
+        if len(set(digests)) > 1 and name not in getattr(module, "ANY_ORDER", ()):
             different.append(size)
     error, where, limit = figures
     found = {"error": error, "at": where, "limit": limit}
+    if refused:
+        found["refused"] = refused
+    if kernel_cases.DTYPES[dtype].itemsize == 2:
+        needed = [f"{size}: {refused[size]}" for size in REQUIRED if size in refused]
+        hold(not needed, f"refused at sizes that need it: {'; '.join(needed)}", found)
+    if len(refused) == len(all_sizes):
+        raise Skipped("; ".join(dict.fromkeys(refused.values())))
     hold(worst <= 1, f"error {error:.2e} of {where}, limit {limit:.0e}", found)
     hold(not different, f"other bits the second time: sizes {', '.join(different)}", found)
     return found

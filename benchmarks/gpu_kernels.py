@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gpu_children import Json
-from gpu_costs import of_call
+from gpu_costs import ATTENTION, of_call
 from gpu_report import Gpu, markdown
 from gpu_timing import BFLOAT16, ceilings, random, sets_for, time_calls
 
@@ -38,9 +38,23 @@ def measure(gpu: Gpu, case: Case) -> Json:
     result = case.function(*arguments, **named)
     cost = of_call(case.operation, case.function, arguments, named, result)
     del result
+    refused = _refusal(case, arguments)
     calls = [functools.partial(case.function, *args, **more) for args, more in inputs]
     timed = time_calls(gpu, calls, rounds=gpu.size(7, 1))
-    return {"bytes": cost.nbytes, "flops": cost.flops, "sets": len(calls), **timed._asdict()}
+    found = {"bytes": cost.nbytes, "flops": cost.flops, "sets": len(calls), **timed._asdict()}
+    return {**found, "refused": refused} if refused else found
+
+
+def _refusal(case: Case, arguments: tuple[Any, ...]) -> str | None:
+    """Why cuDNN does not do an attention, so that our own kernel is measured; None if it does."""
+    from cupytron.kernels import cudnn_attention
+
+    if case.operation not in ATTENTION:
+        return None
+    forward = case.operation == "attention"
+    q, k, v = arguments[:3] if forward else arguments[1:4]
+    dropout = arguments[3:4] if forward else arguments[7:8]
+    return cudnn_attention.supports(q, k, v, *dropout)
 
 
 def cases(gpu: Gpu) -> dict[str, Case]:
@@ -284,6 +298,7 @@ def table(outcomes: Json) -> str:
         found |= {"of_bandwidth": bandwidth / limits["bandwidth"], "of_rate": rate / limits["rate"]}
         marks = ["below target"] if not found["flops"] and share < TARGET else []
         marks += ["not in a graph"] if found["how"] != "graph" else []
+        marks += [f"our own kernel: {found['refused'][:60]}"] if "refused" in found else []
         rows.append(
             (
                 name,

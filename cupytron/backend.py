@@ -47,6 +47,10 @@ class Device:
         """Of what results on it may depend on, for a run's record."""
         return {}
 
+    def refusals(self) -> list[str]:
+        """Why a faster library has not been used in this process, for a run's record."""
+        return []
+
     def range(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Name what the host starts while this lasts, for a profiler of the device; a CPU has none."""
         return _NOTHING

@@ -67,6 +67,8 @@ def measure(
     with explained(config, model, context):
         trainer.materialize()
         seconds = list(_seconds(trainer, batches(), ahead=device.gpu))[warmup:]
+    if refused := device.refusals():
+        environment["cudnn_refused"] = refused
     median = statistics.median(seconds)
     rate = config.tokens_per_step / median
     flops = both_flops(model, config.train.sequence_length)

@@ -55,6 +55,12 @@ class GPU(Device):
             "cuda_runtime": str(runtime.runtimeGetVersion()),
         }
 
+    def refusals(self) -> list[str]:
+        """Why attention in 16 bits has not used cuDNN in this process."""
+        from cupytron import kernels
+
+        return kernels.refusals()
+
     @property
     def bus(self) -> str:
         """Its place on the node's bus, the same for all processes; numbers may differ."""

@@ -150,6 +150,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "cuda_driver",
         "cuda_runtime",
         "kernels",
+        "cudnn_refused",
     )
     return [
         f"{k}: {before.get(k)} before, {now.get(k)} now"

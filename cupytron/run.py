@@ -348,6 +348,8 @@ class _Run:
         """Record which kernels are in use; the first step on a GPU chooses some."""
         if self.context.tuner is not None:
             self.environment["kernels"] = self.context.tuner.fingerprint()
+        if refused := self.context.device.refusals():
+            self.environment["cudnn_refused"] = refused
 
     def _warn(self, text: str) -> None:
         self.progress.line(f"warning: {text}")

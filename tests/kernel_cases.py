@@ -10,6 +10,8 @@ A case is a function check(cupy, dtype, sizes) -> errors, and CASES has all of t
     errors  name of an output -> max|a - b| / max(max|b|, 1e-12) with b in float64 (`relative_error`);
             for what has to be equal bit by bit, 0.0 or inf (`inequality`)
 
+A case whose problem a library does not do raises `Refused`.
+
 Inputs are rounded to `dtype` before the reference sees them, so that an error is the kernel's own.
 `tolerance` says which errors may be.
 """
@@ -52,6 +54,10 @@ class Sizes:
     groups: int = 3  # query heads of a KV head
     head_size: int = 16
     shift: int = 0  # elements by which inputs of these cases miss the alignment of a 16-byte access
+
+
+class Refused(Exception):
+    """A library does not do a case's problem here, so there is nothing to compare; the text says why."""
 
 
 def tolerance(dtype: Any, output: str) -> float:

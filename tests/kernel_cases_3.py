@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
-from kernel_cases import Sizes, relative_error
+from kernel_cases import Refused, Sizes, relative_error
 
 from cupytron.kernels import cudnn_attention, products
 from cupytron.ops import AttentionDropout
@@ -145,7 +145,7 @@ def add_product(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
 def half_sums(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
     """Sums of half-precision products are float32's: into a float32 gradient nothing is rounded to half."""
     if dtype.itemsize != 2:
-        return {}
+        raise Refused(f"this is for 16 bits, and {dtype.name} has more")
     x, dy = _random((sizes.tokens, sizes.width), dtype, 14), _random((sizes.tokens, 24), dtype, 15)
     total = cupy.zeros((sizes.width, 24), "float32")
     products.add_product(total, cupy.asarray(x), cupy.asarray(dy))
@@ -165,8 +165,8 @@ def _attention_cases(
     q, k, v = _parts(qkv, group)
     if not packed:
         q, k, v = (cupy.array(x, order="C") for x in (q, k, v))
-    if cudnn_attention.supports(q, k, v) is not None:
-        return {}
+    if (reason := cudnn_attention.supports(q, k, v)) is not None:
+        raise Refused(reason)
     o, lse = cudnn_attention.attention(q, k, v)
     gradients = _parts(dqkv, group)
     if not packed:
@@ -236,8 +236,8 @@ def cudnn_dropout(cupy: Any, dtype: Any, sizes: Sizes) -> dict[str, float]:
     (q, k, v), gradients = _parts(qkv, 1), _parts(dqkv, 1)
     do = _random((batch, length, sizes.kv_heads, 1, size), dtype, 19)
     dropout = AttentionDropout(0.2, (3, 4), 5, 6, 7)
-    if cudnn_attention.supports(q, k, v, dropout) is not None:
-        return {}
+    if (reason := cudnn_attention.supports(q, k, v, dropout)) is not None:
+        raise Refused(reason)
     o, lse = cudnn_attention.attention(q, k, v, dropout)
     again, _ = cudnn_attention.attention(q, k, v, dropout)
     other, _ = cudnn_attention.attention(q, k, v, dropout._replace(step=6))

@@ -376,8 +376,8 @@ def test_a_missing_library_is_named(cupy, monkeypatch):
     assert "cudnnGetVersion" in reason and "pip install cupytron[cuda13]" in reason
 
 
-def test_a_fallback_in_16_bits_is_told_once(cupy):
-    kernels._warn_of_refusal.cache_clear()
+def test_a_fallback_in_16_bits_is_told_once(cupy, monkeypatch):
+    monkeypatch.setattr(kernels, "_refusals", {})
     attention = kernels._attention()["attention"]
     odd, _, _ = packed(cupy, 2, 1, size=12)
     with pytest.warns(
@@ -385,13 +385,14 @@ def test_a_fallback_in_16_bits_is_told_once(cupy):
     ) as told:
         attention(*odd)
         attention(*odd)
-    assert len(told) == 1
+    assert len(told) == 1 and kernels.refusals()[0] in str(told[0].message)
     single, _, _ = packed(cupy, 2, 1, dtype="float32")
     good, _, _ = packed(cupy, 2, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attention(*single)
         attention(*good)
+    assert len(kernels.refusals()) == 1
 
 
 def test_too_little_memory_is_no_refusal(cupy, monkeypatch):

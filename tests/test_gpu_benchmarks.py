@@ -174,6 +174,29 @@ def test_cases_of_kernels_hold(gpu):
             assert found["error"] <= found["limit"]
 
 
+def test_what_cudnn_refuses_is_no_success(gpu, monkeypatch):
+    def refuse(self):
+        raise simulated_cudnn.cudnnGraphNotSupportedError("no engine")
+
+    simulated_cudnn = module("simulated_cudnn")
+    checks = module("gpu_kernel_checks").checks
+    monkeypatch.setattr(kernels, "_refusals", {})
+    monkeypatch.setattr(simulated_cudnn.Graph, "check_support", refuse)
+    halves = checks(gpu, "bfloat16", "kernel_cases_3")
+    for name in [name for name in halves if name.startswith("cudnn")]:
+        assert "refused at sizes that need it: wide: cuDNN 91900 refuses it" in why_it_fails(
+            halves[name]
+        )
+    for name in ("cudnn_packed", "half_sums"):
+        outcome = run(checks(gpu, "float32", "kernel_cases_3")[name])
+        assert outcome["status"] == "skipped" and "float32" in outcome["why"]
+    measure, cases = module("gpu_kernels").measure, module("gpu_kernels").cases(gpu)
+    with pytest.warns(RuntimeWarning, match="no engine"):
+        for name in ("gpt2 attention", "gpt2 attention, backward"):
+            assert "no engine" in measure(gpu, cases[name])["refused"]
+    assert "refused" not in measure(gpu, cases["gpt2 up"])
+
+
 def test_a_kernel_that_forgets_an_element_is_seen(gpu, monkeypatch):
     checks = module("gpu_kernel_checks").checks(gpu, "float32", "kernel_cases")
     right = activation.gelu

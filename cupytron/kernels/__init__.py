@@ -63,9 +63,19 @@ def _of_either(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Cal
     return function
 
 
-@functools.cache
+_refusals: dict[str, None] = {}  # reasons, in their order
+
+
+def refusals() -> list[str]:
+    """Why attention in 16 bits has run on our own kernel in this process; nothing if it has not."""
+    return list(_refusals)
+
+
 def _warn_of_refusal(reason: str) -> None:
     """Warn, once in a process: in 16 bits our own kernel is slower, since it uses no tensor cores."""
+    if reason in _refusals:
+        return
+    _refusals[reason] = None
     warnings.warn(
         f"attention runs on cupytron's own kernel, which is slower in 16 bits: {reason}",
         RuntimeWarning,
