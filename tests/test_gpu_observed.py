@@ -11,7 +11,7 @@ from runs import ENVIRONMENT, TEXT, TINY, make_data
 from simulated import simulated_gpu
 from simulated_libraries import simulated_libraries
 
-from cupytron import bench, mesh_run, metrics, ops, terminal, trace
+from cupytron import bench, kernels, mesh_run, metrics, ops, terminal, trace
 from cupytron.comm import ParallelContext, run_ranks
 from cupytron.config import load_config, resolve_model
 from cupytron.data import open_dataset
@@ -19,6 +19,7 @@ from cupytron.errors import CupytronError
 from cupytron.memory import estimate, explained, size
 from cupytron.parallel import schedules
 from cupytron.run import train
+from cupytron.run_folder import RunFolder
 from cupytron.trace import ACTIONS, COMMUNICATION, Trace
 from cupytron.trained import load
 from cupytron.trainer import Trainer
@@ -378,6 +379,20 @@ def test_a_run_records_its_share_of_a_known_card_s_peak(cupy, data, tmp_path, mo
 
 
 # bench
+
+
+def test_why_cudnn_was_not_used_is_in_the_records(cupy, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_refusals", {})
+    heads = ["model.num_heads=2", "model.d_model=24"]  # of 12 features; cuDNN takes multiples of 8
+    with pytest.warns(RuntimeWarning, match="attention runs on cupytron's own kernel"):
+        found = bench.measure(load_config(overrides=[*SMALL, *heads]), 1, {})
+    (reason,) = found["environment"]["cudnn_refused"]
+    assert "this is 12" in reason
+    overrides = [*TINY, *heads, f'data.path="{data}"', "train.max_steps=1", "parallel.device=cuda"]
+    config = load_config(overrides=[*overrides, "train.compute_dtype=bfloat16"])
+    train(config, tmp_path / "run", dict(ENVIRONMENT), quiet=True)
+    about = RunFolder(tmp_path / "run").find("last", print).about
+    assert about["environment"]["cudnn_refused"] == [reason]
 
 
 def test_bench_measures_a_gpu(cupy):
