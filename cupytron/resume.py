@@ -155,10 +155,13 @@ def mesh_changed(found: Checkpoint, config: RunConfig, mesh: dict[str, int]) -> 
 def nothing_to_train(found: Checkpoint, config: RunConfig, dataset: Dataset) -> str | None:
     """A line if no step is left, and so nothing in the run's folder may change; else None.
 
-    If the run is at its last step and has its own data, an evaluation may be left.
+    If the run is at its last step, and has its own data and the settings that it was trained with, an
+    evaluation may be left.
     """
     end, (train, val) = config.train.max_steps, _other_data(found, dataset)
-    if found.step < end or (found.step == end and not (train or val)):
+    wished = config.model_dump(mode="json")
+    changed = any(_settings_changed(found.about["settings"], wished, ("max_steps", "eval_tokens")))
+    if found.step < end or (found.step == end and not (train or val or changed)):
         return None
     data = f" on {dataset.path}, which is not the data set of this run" if train or val else ""
     return (
@@ -211,14 +214,26 @@ def _course_changed(found: Checkpoint, config: RunConfig) -> Iterator[str]:
     yield from portions_changed(before, config)
 
 
-def _settings_changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _settings_changed(
+    before: dict[str, Any], now: dict[str, Any], others: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """A line for each setting that differs and changes numbers.
+
+    Args:
+        others: keys that may differ, too.
+    """
     quiet = {"data", "checkpoint", "parallel"}  # these change no number
     for section in now:
         if section in quiet:
             continue
         for key, value in now[section].items():
             old = before.get(section, {}).get(key)
-            if old != value and key not in ("log_interval", "eval_interval", "check_replicas"):
+            if old != value and key not in (
+                "log_interval",
+                "eval_interval",
+                "check_replicas",
+                *others,
+            ):
                 yield f"{section}.{key}: {old} before, {value} now"
 
 

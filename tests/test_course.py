@@ -249,6 +249,15 @@ def test_a_start_that_trains_nothing_says_how_to_go_on(data, tmp_path, capsys):
     assert "to go on" not in capsys.readouterr().out
 
 
+def test_a_start_at_the_last_step_with_other_settings_changes_none(data, tmp_path, capsys):
+    run_here(data, tmp_path, "train.max_steps=2")
+    before = (tmp_path / "config.toml").read_text()
+    begin(data, tmp_path, "train.max_steps=2", "optim.lr=3")
+    said = capsys.readouterr().out
+    assert "and the settings of this run stay as they are" in said and "changed" not in said
+    assert (tmp_path / "config.toml").read_text() == before
+
+
 def test_the_data_of_a_finished_run_may_move(data, tmp_path, capsys):
     run_here(data, tmp_path / "run", "train.max_steps=2")
     moved = shutil.copytree(data, tmp_path / "moved")
