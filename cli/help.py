@@ -77,6 +77,18 @@ class PresetOption(Option):
         return click.Choice(_presets()).shell_complete(ctx, self, incomplete)
 
 
+def _given(value: Any, param: Any, ctx: Any) -> str:
+    """A path as it was given, with its home folder; never empty, as an unset variable of a shell is.
+
+    `Path("")` is the current folder, and an option without a value would be none.
+    """
+    if not str(value):
+        name = param.opts[0] if param.param_type_name == "option" else param.make_metavar(ctx)
+        name = name.split()[0].rstrip(".")  # of "RUN RUN..."
+        raise click.UsageError(f"{name} is empty; give a path", ctx)
+    return os.path.expanduser(value)
+
+
 class PathText(click.ParamType):
     """A path, or one of the words that may stand in its place; the library checks it.
 
@@ -87,7 +99,7 @@ class PathText(click.ParamType):
     name = "path"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        return os.path.expanduser(value)
+        return _given(value, param, ctx)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -102,7 +114,7 @@ class NewFile(click.Path):
         super().__init__(dir_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
+        return super().convert(_given(value, param, ctx), param, ctx)
 
 
 def picture_option(function: Any) -> Any:

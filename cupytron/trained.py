@@ -160,7 +160,7 @@ class TrainedModel:
         Returns: val_loss (nats a token), perplexity, bits_per_byte (None if the bytes of the text are
             not known), tokens (targets counted), step.
         """
-        path = data or self.config.data.path
+        path = self.config.data.path if data is None else data
         if path is None:
             raise CupytronError("the run names no data set; give --data DIR")
         dataset = open_data(path, self.context.world)

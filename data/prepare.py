@@ -177,6 +177,8 @@ def _open_sources(
     opened: list[Source] = []
     notes: list[str] = []
     for source in sources:
+        if not str(source):
+            raise DataError("a source is empty; give a file or a folder (. for the current one)")
         if isinstance(source, str) and source in CORPORA:
             opened += open_corpus(source, work.path)
             if Path(source).exists():

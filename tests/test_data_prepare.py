@@ -207,6 +207,7 @@ BAD = [
     ),
     (["a.txt"], {"tokenizer": "chars.json"}, "not in the vocabulary of 1 characters: 'a'"),
     (["pipe"], {}, "not a regular file"),
+    (["a.txt", ""], {}, "a source is empty; give a file or a folder"),
     ([], {}, "no sources given"),
 ]
 

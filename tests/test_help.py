@@ -124,6 +124,27 @@ def test_verify_shows_no_defaults_of_a_larger_model():
         (["report", "run", "data"], "extra argument (data) (cupytron report --help)"),
         (["generate", "run"], "generate: no such command; did you mean sample?"),
         (["tokenize", "a.txt"], "did you mean data prepare?"),
+        *(
+            (
+                [*words, ""],
+                f"error: {words[-1] if words[-1][0] == '-' else 'RUN'} is empty; give a path (",
+            )
+            for words in (
+                ["train", "--out", "x", "--config"],
+                ["train", "--out"],
+                ["train", "--out", "x", "--data"],
+                ["train", "--out", "x", "--init-from"],
+                ["eval", "run", "--data"],
+                ["sample"],
+                ["compare", "run"],
+                ["checkpoint", "ls"],
+                ["report", "run", "--png"],
+                ["verify", "--sweep"],
+                ["verify", "--model"],
+                ["data", "prepare", "x", "--out", "y", "--tokenizer"],
+            )
+        ),
+        (["data", "prepare", "--out", "x", ""], "error: SOURCE is empty; give a path ("),
         (["verify", "--data", "x"], "--data: is not used by this command; it takes random tokens"),
         (["bench", "--eval-interval", "3"], "--eval-interval: is not used by this command"),
         (["autotune", "--max-steps", "3"], "it runs one step"),
