@@ -7,6 +7,7 @@ for the kind of mistake. A Chain that is wrong is checked again layer by layer: 
 
 import copy
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,6 +130,7 @@ def check_gradient(
         CupytronError: the arguments do not fit each other or the layer's table, or a layer returned an
             array of another shape.
     """
+    _check_arguments(layer, shape, vocab_size, batch_size, seed)
     sequences = batch_size or (shape[0] if len(shape) == 3 else 1)
     tokens = math.prod(shape[:2]) if len(shape) == 3 else shape[0]
     if tokens % sequences:
@@ -173,6 +175,29 @@ def check_gradient(
         errors["logits, of loss"] = more["x"]
         findings += [finding._replace(tensor="logits, of loss") for finding in wrong]
     return Report(layer.describe(), errors, sorted(findings, key=lambda f: -f.error))
+
+
+def _check_arguments(
+    layer: Any, shape: Any, vocab_size: int | None, batch_size: int | None, seed: Any
+) -> None:
+    if not isinstance(layer, Layer):
+        of = layer.__name__ if isinstance(layer, type) else type(layer).__name__
+        made = "; give an object of the class" if isinstance(layer, type) else ""
+        raise CupytronError(f"layer: {of} is no Layer{made}")
+    sizes = shape if isinstance(shape, tuple | list) else ()
+    if not (1 <= len(sizes) <= 3 and all(_is_whole(n, 1) for n in sizes)):
+        raise CupytronError(
+            f"shape={shape!r}: must be that of x, one to three whole numbers from 1, such as (T, D)"
+        )
+    for name, value in (("vocab_size", vocab_size), ("batch_size", batch_size)):
+        if value is not None and not _is_whole(value, 1):
+            raise CupytronError(f"{name}={value!r}: must be a whole number from 1")
+    if not _is_whole(seed, 0):
+        raise CupytronError(f"seed={seed!r}: must be a whole number from 0")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def _require_arrays(layer: Layer, x: Any, batch: MicroBatch) -> None:

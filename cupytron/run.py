@@ -87,6 +87,8 @@ def train(
     """
     if not str(out):
         raise ConfigError("--out is empty; give the folder that the run is to have")
+    if resume not in ("auto", "never"):
+        raise ConfigError(f"resume={resume!r}: must be auto or never")
     if init_from is not None and not str(init_from):
         raise ConfigError("--init-from is empty; give a run's folder, or leave the option out")
     folder, world = RunFolder(out), world or SelfCommunicator()

@@ -254,8 +254,14 @@ def load(
         device: "cpu", "cuda" or "auto", for this process alone; a context has its own.
 
     Raises:
-        CupytronError: no such run or checkpoint, or a damaged one.
+        CupytronError: an argument is out of range, no such run or checkpoint, or a damaged one.
     """
+    if zero not in range(4):
+        raise ConfigError(
+            f"zero={zero!r}: must be from 0 to 3; 3 spreads the weights over replicas"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: must be auto, cpu or cuda")
     if context is None:
         RunFolder(run).require()  # before a device is opened
         alone = ParallelConfig.model_validate({"device": device})

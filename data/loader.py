@@ -7,6 +7,7 @@ and any split of the order into batches, ranks and runs gives the same samples.
 import functools
 import hashlib
 from collections.abc import Iterator
+from numbers import Integral
 
 import numpy as np
 
@@ -183,8 +184,8 @@ def evaluation_batches(
             f"the {split.name} split has {split.num_tokens} tokens, so there is nothing to evaluate; "
             "prepare the data set with a larger --val-fraction"
         )
-    if tokens is not None and tokens < 1:
-        raise DataError(f"tokens={tokens} must be at least 1")
+    if tokens is not None and not (isinstance(tokens, Integral) and tokens >= 1):
+        raise DataError(f"tokens={tokens}: must be a whole number from 1")
     targets = min(split.num_tokens - 1, tokens or split.num_tokens)
     return _evaluation_batches(split, sequence_length, batch, targets)
 

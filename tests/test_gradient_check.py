@@ -374,3 +374,22 @@ class Returns(Right):
 def test_what_a_lone_layer_returns_is_refused_as_in_a_chain(changes, text):
     with pytest.raises(cupytron.CupytronError, match=f"^Returns.*: {text}"):
         cupytron.check_gradient(Returns(*changes), (B * S, D), batch_size=B)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, more, text",
+    [
+        (None, (3, D), {}, "layer: NoneType is no Layer"),
+        (Right, (3, D), {}, "layer: Right is no Layer; give an object of the class"),
+        (Right(), (), {}, r"shape=\(\): must be that of x"),
+        (Right(), (0, D), {}, r"shape=\(0, 6\): must be"),
+        (Right(), 5, {}, "shape=5: must be"),
+        (Right(), (3.0, D), {}, "must be that of x, one to three whole numbers from 1"),
+        (Right(), (3, D), {"batch_size": 0}, "batch_size=0: must be a whole number from 1"),
+        (Right(), (3,), {"vocab_size": 2.5}, "vocab_size=2.5: must be"),
+        (Right(), (3, D), {"seed": -1}, "seed=-1: must be a whole number from 0"),
+    ],
+)
+def test_arguments_that_check_nothing_are_refused(layer, shape, more, text):
+    with pytest.raises(cupytron.CupytronError, match=text):
+        cupytron.check_gradient(layer, shape, **more)

@@ -17,6 +17,7 @@ import cupytron
 from cupytron import generate, process, trained
 from cupytron.cli import sample
 from cupytron.comm import run_ranks
+from cupytron.data import DataError
 from cupytron.errors import CheckpointError, ConfigError, CupytronError
 from cupytron.run import train as train_here
 from cupytron.run_folder import RunFolder
@@ -243,6 +244,30 @@ def test_numbers_of_numpy_are_numbers(base):
 def test_what_is_of_another_type_is_refused(base, options, words):
     with pytest.raises(CupytronError, match=words):
         cupytron.load(base / "run").generate(**{"prompt": "the ", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "device='gpu': must be auto, cpu or cuda"),
+        ({"zero": 7}, "zero=7: must be from 0 to 3"),
+        ({"checkpoint": 8.0}, "no checkpoint '8.0'"),
+    ],
+)
+def test_a_model_is_loaded_as_the_options_say_or_not_at_all(base, options, words):
+    with pytest.raises(CupytronError, match=words):
+        cupytron.load(base / "run", **options)
+
+
+@pytest.mark.parametrize("tokens", [0, 2.5, "3"])
+def test_a_number_of_tokens_is_a_whole_number(base, tokens):
+    with pytest.raises(DataError, match=f"tokens={tokens}: must be a whole number from 1"):
+        cupytron.load(base / "run").evaluate(tokens=tokens)
+
+
+def test_an_unknown_way_to_resume_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match="resume='perhaps': must be auto or never"):
+        cupytron.train(settings(base), tmp_path / "run", resume="perhaps")
 
 
 def test_python_and_the_command_line_have_one_default_temperature():
