@@ -147,9 +147,11 @@ class Signs:
 
     def _send(self, message: bytes, place: Any) -> None:
         # A host's name may be unknown here, and a neighbour may not have begun, or may have ended. The
-        # queue of a stopped neighbour fills up, and this rank must not wait for it.
+        # queue of a stopped neighbour fills up, and this rank must not wait for it. MSG_DONTWAIT does not
+        # help: if a socket has a timeout, Python waits for room in the queue itself.
+        self._socket.setblocking(False)
         with contextlib.suppress(OSError):
-            self._socket.sendto(message, socket.MSG_DONTWAIT, place)
+            self._socket.sendto(message, place)
 
     def _receive(self) -> tuple[Sign, Any] | None:
         """A sign and its sender; None: nothing arrived in time, or it was not of this job."""
