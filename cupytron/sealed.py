@@ -4,15 +4,19 @@ These settings say how a process is prepared (threads, BLAS kernel), and that ha
 imported.
 """
 
+import contextlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 from cupytron.config_io import read_toml
-from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint
+from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint, GoneCheckpoint
 from cupytron.manifest import read_manifest
 from cupytron.sealed_schema import check_types
 
+_TRIES = 20  # listings, since each checkpoint may be removed before it is read
+_PAUSE = 0.05  # seconds between two of them
 _STEP = re.compile(r"step-(\d{8,12})")
 
 
@@ -77,11 +81,21 @@ def sealed_settings(run: Path) -> dict[str, Any] | None:
     """The settings in the newest whole manifest of a run; None if it has none.
 
     config.toml has no seal, so only data.path is taken from it. The data may have moved since the
-    checkpoint, and are compared with the sealed hashes in any case.
+    checkpoint, and are compared with the sealed hashes in any case. If a run that trains at the same time
+    removes the checkpoint before it is read, its checkpoints are listed again.
 
     Raises:
         UnreadableCheckpoint: the newest manifest cannot be read now.
+        GoneCheckpoint: many in turn were removed before they could be read.
     """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(GoneCheckpoint):
+            return _newest_settings(run)
+        time.sleep(_PAUSE)
+    return _newest_settings(run)
+
+
+def _newest_settings(run: Path) -> dict[str, Any] | None:
     for step in reversed(list_steps(run)):
         try:
             folder = step_folder(run, step)

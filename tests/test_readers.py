@@ -14,7 +14,7 @@ import time
 import pytest
 from runs import TEXT, command, cupytron, make_data, run_here, start
 
-from cupytron import checkpoint
+from cupytron import checkpoint, sealed
 from cupytron.checkpoint import Checkpoint, Piece
 from cupytron.cli.main import _run
 from cupytron.comm import ParallelContext, run_ranks
@@ -201,6 +201,23 @@ def test_what_looked_damaged_while_it_was_replaced_is_no_damage(run, monkeypatch
     monkeypatch.setattr(Checkpoint, "__init__", init)
     assert isinstance(run.see(4), GoneCheckpoint)
     assert run.find("last", heard).folder == place
+
+
+def test_settings_are_read_where_the_newest_checkpoint_was_removed_after_it_was_listed(
+    run, monkeypatch
+):
+    steps, listed = sealed.list_steps(run.path), []
+
+    def list_steps(path):
+        listed.append(path)
+        return [*steps, 999] if len(listed) == 1 else steps
+
+    monkeypatch.setattr(sealed, "list_steps", list_steps)
+    assert sealed.sealed_settings(run.path)["train"]["max_steps"] == 4 and len(listed) == 2
+    monkeypatch.setattr(sealed, "list_steps", lambda path: [999])
+    monkeypatch.setattr(sealed, "_PAUSE", 0.0)
+    with pytest.raises(GoneCheckpoint, match="there is no such checkpoint"):
+        sealed.sealed_settings(run.path)
 
 
 @pytest.mark.slow
