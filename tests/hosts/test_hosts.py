@@ -180,6 +180,7 @@ def test_a_link_that_is_down_ends_the_job_and_names_rank_and_host(hosts, tmp_pat
     settings = [*LONG, "parallel.timeout=4"]
     job = start(hosts, name, 2, runs.command(data, tmp_path / "run", *settings))
     until(job, lambda line: " 3/" in line and line.startswith("step "))
+    time.sleep(2)  # four ticks of the watchdogs: rank 0 has heard of each rank and its host by then
     hosts.link(hosts.hosts[1], "down")
     lines = until(job, lambda line: "error: rank" in line, 40)
     first, second = (host.name for host in hosts.hosts)
