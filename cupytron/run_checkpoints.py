@@ -8,7 +8,6 @@ A run that trains at the same time removes old checkpoints and replaces others. 
 if the checkpoint is removed while it is read.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +22,12 @@ from cupytron.errors import (
     GoneCheckpoint,
     UnreadableCheckpoint,
 )
+from cupytron.reading import CHOICES, choosing_again
 from cupytron.sealed_schema import check_types
 from cupytron.together import together
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
-
-_TRIES = 20  # checkpoints that are chosen in turn, since each may be removed while it is read
-_PAUSE = 0.05  # seconds between two tries
 
 
 class RunCheckpoints:
@@ -159,16 +156,15 @@ class RunCheckpoints:
                 told.add(text)
                 warn(text)
 
-        for _ in range(_TRIES):
-            try:
-                return work(self._choose(which, warn_once, world or SelfCommunicator()))
-            except GoneCheckpoint as error:
-                gone = error
-                time.sleep(_PAUSE)
-        raise CheckpointError(
-            f"{gone}; {_TRIES} checkpoints in turn were removed before they could be read; try again "
-            "when the run has ended, or let it keep more of them (checkpoint.keep)"
-        )
+        try:
+            return choosing_again(
+                lambda: work(self._choose(which, warn_once, world or SelfCommunicator()))
+            )
+        except GoneCheckpoint as gone:
+            raise CheckpointError(
+                f"{gone}; {CHOICES} checkpoints in turn were removed before they could be read; try again "
+                "when the run has ended, or let it keep more of them (checkpoint.keep)"
+            ) from None
 
     def find(self, which: str, warn: Warn, world: Communicator | None = None) -> Checkpoint:
         """The checkpoint that `reading` would choose, for a run that nobody trains now. Collective."""
@@ -250,7 +246,7 @@ class RunCheckpoints:
         A checkpoint that a run removes at the same time is left out. If all that were listed are removed,
         the steps are listed again.
         """
-        for _ in range(_TRIES):
+        for _ in range(CHOICES):
             steps, shown = self.steps(), 0
             for step in steps:
                 result: T | CheckpointError

@@ -4,19 +4,16 @@ These settings say how a process is prepared (threads, BLAS kernel), and that ha
 imported.
 """
 
-import contextlib
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 from cupytron.config_io import read_toml
-from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint, GoneCheckpoint
+from cupytron.errors import ConfigError, CupytronError, DamagedCheckpoint
 from cupytron.manifest import read_manifest
+from cupytron.reading import choosing_again
 from cupytron.sealed_schema import check_types
 
-_TRIES = 20  # listings, since each checkpoint may be removed before it is read
-_PAUSE = 0.05  # seconds between two of them
 _STEP = re.compile(r"step-(\d{8,12})")
 
 
@@ -88,11 +85,7 @@ def sealed_settings(run: Path) -> dict[str, Any] | None:
         UnreadableCheckpoint: the newest manifest cannot be read now.
         GoneCheckpoint: many in turn were removed before they could be read.
     """
-    for _ in range(_TRIES - 1):
-        with contextlib.suppress(GoneCheckpoint):
-            return _newest_settings(run)
-        time.sleep(_PAUSE)
-    return _newest_settings(run)
+    return choosing_again(lambda: _newest_settings(run))
 
 
 def _newest_settings(run: Path) -> dict[str, Any] | None:

@@ -172,7 +172,7 @@ def test_a_checkpoint_that_is_removed_is_read_to_its_end(run):
 
 
 def test_a_reader_gives_up_in_words(run, monkeypatch):
-    monkeypatch.setattr("cupytron.run_checkpoints._PAUSE", 0.0)
+    monkeypatch.setattr("cupytron.reading._BETWEEN", 0.0)
 
     def gone(found):
         raise GoneCheckpoint(f"{found.folder}: it was removed")
@@ -215,7 +215,7 @@ def test_settings_are_read_where_the_newest_checkpoint_was_removed_after_it_was_
     monkeypatch.setattr(sealed, "list_steps", list_steps)
     assert sealed.sealed_settings(run.path)["train"]["max_steps"] == 4 and len(listed) == 2
     monkeypatch.setattr(sealed, "list_steps", lambda path: [999])
-    monkeypatch.setattr(sealed, "_PAUSE", 0.0)
+    monkeypatch.setattr("cupytron.reading._BETWEEN", 0.0)
     with pytest.raises(GoneCheckpoint, match="there is no such checkpoint"):
         sealed.sealed_settings(run.path)
 
