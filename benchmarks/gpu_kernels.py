@@ -47,10 +47,10 @@ def measure(gpu: Gpu, case: Case) -> Json:
 
 def _refusal(case: Case, arguments: tuple[Any, ...]) -> str | None:
     """Why cuDNN does not do an attention, so that our own kernel is measured; None if it does."""
-    from cupytron.kernels import cudnn_attention
-
     if case.operation not in ATTENTION:
         return None
+    from cupytron.kernels import cudnn_attention
+
     forward = case.operation == "attention"
     q, k, v = arguments[:3] if forward else arguments[1:4]
     dropout = arguments[3:4] if forward else arguments[7:8]

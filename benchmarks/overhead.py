@@ -10,6 +10,7 @@ sequences are short, since the size of a checkpoint does not depend on them.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -128,20 +129,16 @@ def main() -> None:
             ["git", "archive", since, "cupytron"], cwd=ROOT, capture_output=True, check=True
         )
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        before_place, data = Path(folder).resolve(), None
+        earlier = Path(folder).resolve()
+        measure = seconds
         if arguments.save:
-            data = prepared(before_place)
+            measure = functools.partial(save_seconds, data=prepared(earlier))
         ratios = []
         for number in range(arguments.rounds):
             # each goes first in every other round
-            places = [before_place, ROOT][:: 1 if number % 2 else -1]
-            found = {
-                place: save_seconds(place, arguments.setting, data)
-                if data
-                else seconds(place, arguments.setting)
-                for place in places
-            }
-            before, now = found[before_place], found[ROOT]
+            places = [earlier, ROOT][:: 1 if number % 2 else -1]
+            found = {place: measure(place, arguments.setting) for place in places}
+            before, now = found[earlier], found[ROOT]
             ratios.append(now / before)
             print(f"round {number + 1}: before {before * 1e3:.2f} ms, now {now * 1e3:.2f} ms")
     change = (statistics.median(ratios) - 1) * 100

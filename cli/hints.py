@@ -1,6 +1,5 @@
 """What a wrong option, argument or command was probably meant to be."""
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def for_command(name: str, names: Iterable[str], path: str) -> str:
         names: the commands that there are.
         path: of the group, such as "cupytron data".
     """
+    import difflib  # most command lines need no hint
+
     names = list(names)
     if path == "cupytron" and (other := _BY_WORK.get(name.lower())):
         return f"; did you mean {other}?"
@@ -62,6 +63,8 @@ def for_option(error: click.NoSuchOption) -> str:
 
 def for_argument(error: click.UsageError) -> str:
     """The end of a message about an argument that the command does not take: the option that does."""
+    from cupytron.config_io import preset_names
+
     words = error.format_message().removesuffix(")").partition("(")[2].split()
     if error.ctx is None or not words:
         return ""
@@ -75,7 +78,7 @@ def for_argument(error: click.UsageError) -> str:
         meant = f"--config {word}"
     elif (path / "checkpoints").is_dir():
         meant = f"--out {word}"
-    elif word in _presets():
+    elif word in preset_names():
         meant = f"--preset {word}"
     else:
         return ""
@@ -96,12 +99,6 @@ def _keys_named(option: str) -> list[str]:
     ]
     same = [full for full, key in keys if name in (key, full)]
     return same or [full for full, key in keys if key.startswith(f"{name}_")]
-
-
-def _presets() -> list[str]:
-    from cupytron.config_io import preset_names
-
-    return preset_names()
 
 
 def _did_you_mean(names: list[str]) -> str:
